@@ -1,0 +1,86 @@
+"""One published system per file, created by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastcam.errors import FastcamError
+
+# name: (file, class). The files import timm through the backbones, so they are opened when they are asked for.
+METHODS = {
+    "cam": ("fastcam.methods.cam", "CAM"),
+    "sfc": ("fastcam.methods.sfc", "SFC"),
+}
+
+
+def list_methods() -> list[str]:
+    """The names that :func:`create_method` knows."""
+    return sorted(METHODS)
+
+
+def create_method(
+    name: str, *, num_classes: int, backbone: str | None = None, weights: str | Path | None = None, **config: Any
+) -> nn.Module:
+    """A method by name, its configuration checked.
+
+    Args:
+        name: one of :func:`list_methods`.
+        num_classes: number of foreground classes.
+        backbone: timm name; ``None`` takes the paper's.
+        weights: local file with the backbone's pre-trained weights. It belongs to the start of training, not to the configuration:
+            a trained method holds the backbone's weights itself.
+        config: fields of the method's ``Config``; what is not named keeps the paper's value.
+
+    Raises:
+        FastcamError: an unknown method or field (the message has the nearest known one), or a value the method refuses.
+
+    Example:
+        >>> create_method("sfc", num_classes=20).config.bank_draws
+        4
+    """
+    if name not in METHODS:
+        raise FastcamError(
+            f"method '{name}': unknown{_nearest(name, list_methods())}; known: {', '.join(list_methods())}"
+        )
+    module = importlib.import_module(METHODS[name][0])
+    known = [field.name for field in dataclasses.fields(module.Config)]
+    for key in config:
+        if key not in known:
+            raise FastcamError(
+                f"method '{name}': unknown setting '{key}'{_nearest(key, known)}; known: {', '.join(known)}"
+            )
+    if num_classes < 1:
+        raise FastcamError(f"method '{name}': num_classes is {num_classes}, expected at least 1")
+    if backbone is not None:
+        config["backbone"] = backbone
+    # YAML and safetensors metadata have lists where the dataclass has tuples.
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return getattr(module, METHODS[name][1])(num_classes, module.Config(**fields), weights=weights)
+
+
+def load_method(path: str | Path) -> nn.Module:
+    """Builds a trained method again from a file that :func:`fastcam.io.save_weights` wrote."""
+    from fastcam.io import load_weights
+
+    state, saved = load_weights(path)
+    config = {key: value for key, value in saved["config"].items() if key != "backbone"}
+    method = create_method(saved["method"], num_classes=saved["num_classes"], backbone=saved["backbone"], **config)
+    missing, unexpected = method.load_state_dict(state, strict=False)
+    wrong = sorted({*unexpected, *missing} & {*unexpected, *method.export_state_dict()})
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
+        raise FastcamError(
+            f"weights '{path}': do not fit method '{saved['method']}' ({shown}); train it again or give the matching file"
+        )
+    return method.eval()
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,17 @@
+"""Modules, losses and backbones that several methods share."""
+
+from fastcam.nn.backbone import Backbone, create_backbone
+from fastcam.nn.bank import ImageBank
+from fastcam.nn.cam import FusedCams, background_channel, fuse_views, max_normalize
+from fastcam.nn.correlation import pixel_correlation
+
+__all__ = [
+    "Backbone",
+    "FusedCams",
+    "ImageBank",
+    "background_channel",
+    "create_backbone",
+    "fuse_views",
+    "max_normalize",
+    "pixel_correlation",
+]

@@ -1,0 +1,223 @@
+"""Classification networks as feature extractors: timm's layers, local weights, a chosen output stride, frozen stages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastcam.errors import FastcamError
+
+PROBE = 128  # side of the image that measures strides; every stage of a stride-32 network still has 4 x 4 pixels
+STAGES = 4
+CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
+
+
+class Backbone(nn.Module):
+    """A timm network that returns the outputs of its last four stages.
+
+    Batch norm always uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in
+    frozen stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise.
+
+    Args:
+        net: timm network with ``forward_intermediates``.
+        indices: which of its intermediates are the stages.
+        head: the last output is the network's final feature map, after the 1 x 1 convolution that some networks (MobileNetV2,
+            EfficientNet) have behind their last stage.
+        normalize: mean and standard deviation of the RGB input the network was trained with.
+
+    Attributes:
+        channels: number of channels of each output.
+        strides: stride of each output.
+    """
+
+    def __init__(
+        self, net: nn.Module, indices: list[int], head: bool, normalize: tuple[tuple[float, ...], ...]
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.indices = indices
+        self.head = head
+        self.normalize = normalize
+        self.train()
+        with torch.no_grad():
+            outputs = self(torch.zeros(1, 3, PROBE, PROBE))
+        self.channels = [x.shape[1] for x in outputs]
+        self.strides = [PROBE // x.shape[-1] for x in outputs]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Stage outputs ``(B, channels[i], ~H / strides[i], ~W / strides[i])`` of images ``(B, 3, H, W)``."""
+        if not self.head:
+            return self.net.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+        last, stages = self.net.forward_intermediates(images, indices=self.indices)
+        return [*stages[:-1], last]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Sets the mode of every layer but batch norm, which keeps its running statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+def create_backbone(
+    name: str,
+    *,
+    output_stride: int = 16,
+    dilate: bool = True,
+    weights: str | Path | None = None,
+    frozen_stages: int = 0,
+    head: bool = False,
+) -> Backbone:
+    """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
+
+    Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are dilated to
+    keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
+
+    Args:
+        name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``.
+        output_stride: largest stride of the outputs: 8, 16 or 32.
+        dilate: whether layers behind a removed stride are dilated.
+        weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or ``None`` for random weights.
+        frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no gradient.
+        head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
+
+    Raises:
+        FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that do not fit.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(_nearest(name, timm.list_models()))
+        raise FastcamError(f"backbone '{name}': timm has no such network" + (f"; near it: {near}" if near else ""))
+    net = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    if not hasattr(net, "forward_intermediates") or len(net.feature_info) < STAGES:
+        raise FastcamError(
+            f"backbone '{name}': expected a network with {STAGES} or more stages; choose a CNN such as 'resnet50'"
+        )
+    if not 0 <= frozen_stages <= STAGES:
+        raise FastcamError(f"backbone '{name}': frozen_stages is {frozen_stages}, expected 0 to {STAGES}")
+    full = set(net.state_dict())
+    count = len(net.feature_info)
+    indices = list(range(count - STAGES, count))
+    with torch.no_grad():
+        last, stages = net.forward_intermediates(torch.zeros(1, 3, PROBE, PROBE), indices=indices)
+    head = head and last.shape[1] != stages[-1].shape[1]
+    net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
+    if weights is not None:
+        _load(net, name, Path(weights), unused=full - set(net.state_dict()))
+    _limit_stride(net, output_stride, dilate)
+    try:
+        backbone = Backbone(net, indices, head, (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"])))
+    except RuntimeError:  # networks that join branches of several strides
+        backbone = None
+    if backbone is None or max(backbone.strides) > output_stride:
+        raise FastcamError(
+            f"backbone '{name}': cannot be brought to output stride {output_stride}; choose 32 or another network"
+        )
+    _freeze(backbone, frozen_stages)
+    return backbone
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, names, n=3)
+
+
+def _limit_stride(net: nn.Module, output_stride: int, dilate: bool) -> None:
+    """Takes the stride from layers that would pass ``output_stride`` and dilates those behind them."""
+
+    def limit(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        stride_in, stride_out = PROBE / args[0].shape[-1], PROBE / output.shape[-1]
+        if stride_out > max(stride_in, output_stride):
+            even = layer.kernel_size in (2, (2, 2))  # cannot be centred at stride 1
+            if isinstance(layer, nn.Conv2d):
+                layer.stride = (1, 1)
+                layer.padding = "same" if even else layer.padding
+            else:
+                layer.stride = 1
+                layer.kernel_size = 1 if even else layer.kernel_size
+        if dilate and stride_in > output_stride and isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1:
+            rate = int(stride_in // output_stride)
+            layer.dilation = tuple(d * rate for d in layer.dilation)
+            if not isinstance(layer.padding, str):
+                layer.padding = tuple(p * rate for p in layer.padding)
+
+    windows = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    hooks = [m.register_forward_hook(limit) for m in net.modules() if isinstance(m, windows)]
+    with torch.no_grad():  # a hook runs behind its layer, so that this pass still sees the network's own strides
+        net.forward_intermediates(torch.zeros(1, 3, PROBE, PROBE))
+    for hook in hooks:
+        hook.remove()
+
+
+def _freeze(backbone: Backbone, stages: int) -> None:
+    if stages == 0:
+        return
+    parameters = list(backbone.parameters())
+    output = backbone(torch.zeros(1, 3, PROBE, PROBE))[stages - 1]
+    for p, g in zip(parameters, torch.autograd.grad(output.sum(), parameters, allow_unused=True), strict=True):
+        if g is not None:
+            p.requires_grad_(False)
+
+
+def _load(net: nn.Module, name: str, path: Path, unused: set[str]) -> None:
+    state = {k: v.float() if v.is_floating_point() else v for k, v in _read(path).items()}
+    if "features.18.0.weight" in state:
+        state = {_mobilenet_v2_key(k): v for k, v in state.items()}
+    expected = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    given = {
+        k: v
+        for k, v in state.items()
+        if not k.endswith("num_batches_tracked")
+        and (k in expected or (k not in unused and not k.startswith(CLASSIFIER_PREFIXES)))
+    }
+    _refuse(path, name, "lacks", expected.keys() - given.keys())
+    _refuse(path, name, "has unexpected", given.keys() - expected.keys())
+    _refuse(path, name, "has other shapes for", {k for k, shape in expected.items() if given[k].shape != shape})
+    net.load_state_dict(given, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FastcamError(f"weights '{path}': no such file; give a local .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own exceptions; the user needs the file's name and the reason
+        raise FastcamError(
+            f"weights '{path}': cannot be read as a state dict ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _refuse(path: Path, name: str, what: str, keys: set[str]) -> None:
+    if keys:
+        shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        raise FastcamError(
+            f"weights '{path}': {what} {shown}; expected the tensors of '{name}' in timm's or torchvision's names"
+        )
+
+
+# torchvision counts MobileNetV2's blocks through: features.1 .. features.17; timm groups them into seven stages.
+_MOBILENET_V2_BLOCKS = [f"blocks.{s}.{i}" for s, n in enumerate((1, 2, 3, 4, 3, 3, 1)) for i in range(n)]
+_MOBILENET_V2_FIRST = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+_MOBILENET_V2_BLOCK = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+_MOBILENET_V2_ENDS = {"0.0": "conv_stem", "0.1": "bn1", "18.0": "conv_head", "18.1": "bn2"}
+
+
+def _mobilenet_v2_key(key: str) -> str:
+    if m := re.fullmatch(r"features\.(\d+)\.conv\.([\d.]+)\.(\w+)", key):
+        block, layer, tensor = int(m[1]), m[2], m[3]
+        names = _MOBILENET_V2_FIRST if block == 1 else _MOBILENET_V2_BLOCK
+        return f"{_MOBILENET_V2_BLOCKS[block - 1]}.{names.get(layer, layer)}.{tensor}"
+    if m := re.fullmatch(r"features\.(\d+\.\d)\.(\w+)", key):
+        return f"{_MOBILENET_V2_ENDS.get(m[1], m[1])}.{m[2]}"
+    return key
