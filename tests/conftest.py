@@ -23,7 +23,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real images, masks and weights: `FASTCAM_DATA`, else `shared/data` beside the checkout; skips without it."""
+    """Real images, masks and weights: the folder `FASTCAM_DATA`, else `shared/data` beside the checkout, else skip."""
     root = Path(os.environ.get("FASTCAM_DATA") or _TESTS.parents[1] / "shared" / "data")
     if not root.is_dir():
         pytest.skip(f"no shared data at {root}; set FASTCAM_DATA")

@@ -1,0 +1,29 @@
+"""Files in and out: label maps, CAMs, IRN's dictionaries, weights, images and the book-keeping of passes."""
+
+from fastcam.io.atomic import atomic_write
+from fastcam.io.cams import CamSet, load_cams, save_cams
+from fastcam.io.images import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from fastcam.io.irn import load_irn_npy, save_irn_npy
+from fastcam.io.labels import read_label_png, voc_palette, write_label_png
+from fastcam.io.passes import finished_ids, open_pass, read_pass
+from fastcam.io.weights import load_weights, save_weights
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "CamSet",
+    "atomic_write",
+    "finished_ids",
+    "load_cams",
+    "load_irn_npy",
+    "load_weights",
+    "open_pass",
+    "read_image",
+    "read_label_png",
+    "read_pass",
+    "save_cams",
+    "save_irn_npy",
+    "save_weights",
+    "voc_palette",
+    "write_label_png",
+]
