@@ -1,0 +1,35 @@
+"""Fast kernels and whole pipelines for weakly supervised segmentation.
+
+``import fastcam`` is light: torch and numpy only; Triton, CUDA and the training libraries are imported by what uses them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {  # public name -> module that defines it
+    "cam_fuse": "fastcam.ops.cam_fuse",
+    "prototype_similarity": "fastcam.ops.prototype_similarity",
+    "crf_mean_field": "fastcam.ops.crf_mean_field",
+    "Lattice": "fastcam.ops.crf_mean_field",
+    "use_backend": "fastcam.backends",
+    "BackendError": "fastcam.backends",
+    "create_method": "fastcam.methods",
+    "list_methods": "fastcam.methods",
+    "load_method": "fastcam.methods",
+    "FastcamError": "fastcam.errors",
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fastcam' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
