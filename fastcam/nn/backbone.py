@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcam.errors import FastcamError
 
-PROBE = 128  # side of the image that measures strides; every stage of a stride-32 network still has 4 x 4 pixels
+PROBE = 64  # side of the image that measures strides; the last stage of a stride-32 network still has 2 x 2 pixels
 STAGES = 4
 CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 
@@ -104,13 +104,11 @@ def create_backbone(
     full = set(net.state_dict())
     count = len(net.feature_info)
     indices = list(range(count - STAGES, count))
-    with torch.no_grad():
-        last, stages = net.forward_intermediates(torch.zeros(1, 3, PROBE, PROBE), indices=indices)
+    last, stages = _limit_stride(net, indices, output_stride, dilate)
     head = head and last.shape[1] != stages[-1].shape[1]
     net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
     if weights is not None:
         _load(net, name, Path(weights), unused=full - set(net.state_dict()))
-    _limit_stride(net, output_stride, dilate)
     try:
         backbone = Backbone(net, indices, head, (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"])))
     except RuntimeError:  # networks that join branches of several strides
@@ -129,8 +127,11 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, n=3)
 
 
-def _limit_stride(net: nn.Module, output_stride: int, dilate: bool) -> None:
-    """Takes the stride from layers that would pass ``output_stride`` and dilates those behind them."""
+def _limit_stride(net: nn.Module, indices: list[int], output_stride: int, dilate: bool) -> tuple[Tensor, list[Tensor]]:
+    """Takes the stride from layers that would pass ``output_stride`` and dilates those behind them.
+
+    Returns the final and the stages' outputs of the network as it was.
+    """
 
     def limit(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         stride_in, stride_out = PROBE / args[0].shape[-1], PROBE / output.shape[-1]
@@ -151,9 +152,10 @@ def _limit_stride(net: nn.Module, output_stride: int, dilate: bool) -> None:
     windows = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
     hooks = [m.register_forward_hook(limit) for m in net.modules() if isinstance(m, windows)]
     with torch.no_grad():  # a hook runs behind its layer, so that this pass still sees the network's own strides
-        net.forward_intermediates(torch.zeros(1, 3, PROBE, PROBE))
+        outputs = net.forward_intermediates(torch.zeros(1, 3, PROBE, PROBE), indices=indices)
     for hook in hooks:
         hook.remove()
+    return outputs
 
 
 def _freeze(backbone: Backbone, stages: int) -> None:
