@@ -33,7 +33,7 @@ def load_object(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = (
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -79,17 +79,16 @@ class _Array:
     """Stands for a pickled `numpy.ndarray`."""
 
     def __init__(self, *_: object) -> None:
-        self.array = np.empty(0)
+        self.array: np.ndarray = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
-        order = "F" if fortran else "C"
         if dtype.dtype == object:
             self.array = np.empty(len(data), object)
             self.array[:] = data
         else:
             self.array = np.frombuffer(_bytes(data), dtype.dtype).copy()
-        self.array = self.array.reshape(shape, order=order)
+        self.array = self.array.reshape(shape, order="F" if fortran else "C")
 
 
 def _scalar(dtype: _Dtype, data: bytes | str) -> Any:

@@ -108,8 +108,8 @@ def save_cams(path: str | os.PathLike[str], camset: CamSet) -> None:
     for name in ("maps", "background"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             raise ValueError(f"save_cams: {name} for {path} is not finite in float16, expected values in [0, 1]")
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_cams(path: str | os.PathLike[str]) -> CamSet:

@@ -65,7 +65,7 @@ def save_irn_npy(path: str | os.PathLike[str], keys: Tensor, cam: Tensor, high_r
         "cam": cam.detach().to("cpu", torch.float32, copy=True),
         "high_res": high_res.detach().to("cpu", torch.float32).numpy(),
     }
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(fields, dtype=object), allow_pickle=True)
 
 

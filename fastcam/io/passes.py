@@ -105,7 +105,7 @@ def _path(value: object) -> str:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"crf": {"srgb": 5}}` as `{"crf.srgb": 5}`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

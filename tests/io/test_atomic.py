@@ -15,7 +15,7 @@ def test_file_appears_whole_and_alone(tmp_path):
         assert not path.exists()
         assert temporary.parent == path.parent and temporary.suffix == ".txt"
     assert path.read_text() == "half"
-    assert os.listdir(path.parent) == ["a.txt"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt()])
@@ -26,7 +26,7 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
         temporary.write_text("new")
         raise error
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_is_one_line_naming_the_path(tmp_path):
@@ -36,7 +36,7 @@ def test_full_disk_is_one_line_naming_the_path(tmp_path):
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "\n" not in str(raised.value)
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -44,7 +44,7 @@ def test_device_that_is_really_full(tmp_path):
     with pytest.raises(FastcamError, match="No space left on device"), atomic_write(tmp_path / "a.txt") as temporary:
         temporary.symlink_to("/dev/full")
         temporary.write_bytes(b"x" * 100_000)
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path):

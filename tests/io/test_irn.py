@@ -26,7 +26,7 @@ class Evil:
 
 def save_pickle(path, obj, protocol=4):
     """A `.npy` file of dtype object whose pickle holds `obj` where numpy puts the array."""
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
         pickle.dump(obj, file, protocol=protocol)
 

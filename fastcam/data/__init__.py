@@ -1,0 +1,30 @@
+"""Data sets by their layout on disk, joint transforms, and the procedural data set of the demo."""
+
+from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
+from fastcam.data.folder import FolderDataset
+from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
+from fastcam.data.seeding import Seeded
+from fastcam.data.tags import load_tags, read_cls_labels, read_tag_csv, tags_from_mask, tags_from_xml
+from fastcam.data.transforms import denormalize, eval_transform, multi_scale, segment_transform, train_transform
+from fastcam.data.voc import VOCDataset
+
+__all__ = [
+    "COCO_CLASSES",
+    "PROCEDURAL_CLASSES",
+    "VOC_CLASSES",
+    "FolderDataset",
+    "Seeded",
+    "VOCDataset",
+    "denormalize",
+    "eval_transform",
+    "load_class_list",
+    "load_tags",
+    "multi_scale",
+    "read_cls_labels",
+    "read_tag_csv",
+    "segment_transform",
+    "tags_from_mask",
+    "tags_from_xml",
+    "train_transform",
+    "write_procedural",
+]

@@ -1,0 +1,239 @@
+"""Joint transforms of items: image, mask and the mask of valid pixels change together.
+
+All randomness comes from torch's global generator, so that whoever seeds it (see `Seeded`) repeats a transform exactly.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+Item = dict[str, Any]
+Transform = Callable[[Item], Item]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IGNORE_INDEX = 255
+
+
+class RandomResizeLong(v2.Transform):
+    """Resizes so that the longer side becomes a random integer in `[low, high]`: image bicubic, mask nearest."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        if not 1 <= low <= high:
+            raise ValueError(f"RandomResizeLong: expected 1 <= low <= high, got {low}, {high}")
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the new size."""
+        height, width = v2.query_size(flat_inputs)
+        long = int(torch.randint(self.low, self.high + 1, ()))
+        return {"size": _scaled(height, width, long / max(height, width))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes an image or a mask."""
+        return F.resize(inpt, params["size"], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+class RandomScale(v2.Transform):
+    """Resizes both sides by one random factor, uniform in `[low, high]`: image bicubic, mask nearest."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        if not 0 < low <= high:
+            raise ValueError(f"RandomScale: expected 0 < low <= high, got {low}, {high}")
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the new size."""
+        height, width = v2.query_size(flat_inputs)
+        return {"size": _scaled(height, width, self.low + (self.high - self.low) * float(torch.rand(())))}
+
+    transform = RandomResizeLong.transform
+
+
+class RandomCrop:
+    """Cuts a random `size x size` window; a smaller image is laid at a random place of it.
+
+    Adds `"valid"`, bool `(size, size)`: where the crop shows the image. Around it the image is 0 (the mean colour, if
+    it is normalised) and the mask 255.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"RandomCrop: expected size >= 1, got {size}")
+        self.size = size
+
+    def __call__(self, item: Item) -> Item:
+        """Crops `image`, `mask` and the new `valid` at one place."""
+        height, width = item["image"].shape[-2:]
+        rows, cols = self._place(height), self._place(width)
+        item = dict(item)
+        valid = torch.ones(height, width, dtype=torch.bool)
+        for name, plane, fill in (
+            ("image", item["image"], 0),
+            ("mask", item.get("mask"), IGNORE_INDEX),
+            ("valid", valid, False),
+        ):
+            if plane is not None:
+                window = plane.as_subclass(Tensor).new_full((*plane.shape[:-2], self.size, self.size), fill)
+                window[..., rows[0], cols[0]] = plane[..., rows[1], cols[1]].as_subclass(Tensor)
+                item[name] = tv_tensors.wrap(window, like=plane) if isinstance(plane, tv_tensors.TVTensor) else window
+        return item
+
+    def _place(self, length: int) -> tuple[slice, slice]:
+        """Where along one axis in the window, and what of the image, is copied."""
+        copied = min(length, self.size)
+        start = int(torch.randint(abs(length - self.size) + 1, ()))
+        if length > self.size:
+            return slice(0, copied), slice(start, start + copied)
+        return slice(start, start + copied), slice(0, copied)
+
+
+def train_transform(
+    crop_size: int,
+    *,
+    resize_long: tuple[int, int] | None = (320, 640),
+    flip: bool = True,
+    color_jitter: tuple[float, float, float, float] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """The training transform of CAM networks (IRN, SEAM, SFC): resize the longer side, mirror, normalise, crop with
+    zero padding.
+
+    Args:
+        crop_size: S.
+        resize_long: range of the longer side; `None` keeps the image's size.
+        flip: mirror every other image.
+        color_jitter: brightness, contrast, saturation and hue as for `torchvision.transforms.v2.ColorJitter`.
+        mean: subtracted from the image in [0, 1].
+        std: divides it then.
+
+    Returns:
+        A transform whose items have `"image"` float32 `(3, S, S)`, `"valid"` bool `(S, S)` and, where there was one,
+        `"mask"` int64 `(S, S)`; the rest passes through.
+    """
+    resize = [] if resize_long is None else [RandomResizeLong(*resize_long)]
+    return v2.Compose(
+        [*resize, *_augment(flip, color_jitter), _normalize(mean, std), RandomCrop(crop_size), _to_tensors]
+    )
+
+
+def segment_transform(
+    crop_size: int,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),
+    flip: bool = True,
+    color_jitter: tuple[float, float, float, float] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """The training transform of segmentation networks (DeepLab): random scale, mirror, normalise, crop.
+
+    Args:
+        crop_size: S.
+        scale: range of the factor.
+        flip: mirror every other image.
+        color_jitter: as for `train_transform`.
+        mean: as for `train_transform`.
+        std: as for `train_transform`.
+
+    Returns:
+        A transform with the results of `train_transform`.
+    """
+    return v2.Compose(
+        [RandomScale(*scale), *_augment(flip, color_jitter), _normalize(mean, std), RandomCrop(crop_size), _to_tensors]
+    )
+
+
+def eval_transform(*, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Transform:
+    """Normalises, without any randomness or change of size.
+
+    Returns:
+        A transform whose items have `"image"` float32 `(3, H, W)` and, where there was one, `"mask"` int64 `(H, W)`.
+    """
+    return v2.Compose([_normalize(mean, std), _to_tensors])
+
+
+def multi_scale(
+    image: Tensor,
+    scales: Sequence[float] = (1.0, 0.5, 1.5, 2.0),
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> list[Tensor]:
+    """The views of an image from which multi-scale CAMs are made: Pillow's bicubic resize, then normalisation.
+
+    Args:
+        image: uint8 `(3, H, W)`.
+        scales: factors; 1 leaves the image as it is. Sides are rounded (halves to even) and at least 1.
+        mean: subtracted from the image in [0, 1].
+        std: divides it then.
+
+    Returns:
+        float32 `(3, h_s, w_s)`, one a scale.
+
+    Raises:
+        ValueError: another shape or dtype, or a scale that is not positive.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+        raise ValueError(f"multi_scale: expected image uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+    if min(scales, default=1) <= 0:
+        raise ValueError(f"multi_scale: expected positive scales, got {tuple(scales)}")
+    array = image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(array)
+    views = []
+    for scale in scales:
+        height, width = _scaled(array.shape[0], array.shape[1], scale)
+        resized = array if scale == 1 else np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+        view = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+        views.append(F.normalize(F.to_dtype(view, torch.float32, scale=True), list(mean), list(std)))
+    return views
+
+
+def denormalize(image: Tensor, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Undoes the normalisation.
+
+    Args:
+        image: float `(..., 3, H, W)`.
+        mean: as it was subtracted.
+        std: as it divided.
+
+    Returns:
+        uint8 of the same shape, rounded and clipped.
+    """
+    scale, shift = (
+        torch.as_tensor(values, dtype=image.dtype, device=image.device).view(3, 1, 1) for values in (std, mean)
+    )
+    return ((image * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _augment(flip: bool, color_jitter: tuple[float, float, float, float] | None) -> list[Transform]:
+    mirror = [v2.RandomHorizontalFlip()] if flip else []
+    return mirror if color_jitter is None else [*mirror, v2.ColorJitter(*color_jitter)]
+
+
+def _normalize(mean: Sequence[float], std: Sequence[float]) -> Transform:
+    to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+    return v2.Compose([to_float, v2.Normalize(list(mean), list(std))])
+
+
+def _to_tensors(item: Item) -> Item:
+    """Plain tensors, labels as int64: what losses take and what collates without surprise."""
+    item = dict(item)
+    item["image"] = item["image"].as_subclass(Tensor)
+    if "mask" in item:
+        item["mask"] = item["mask"].as_subclass(Tensor).long()
+    return item
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    return max(1, round(height * scale)), max(1, round(width * scale))
