@@ -15,6 +15,7 @@ from fastcam.errors import FastcamError
 # name: (file, class). The files import timm through the backbones, so they are opened when they are asked for.
 METHODS = {
     "cam": ("fastcam.methods.cam", "CAM"),
+    "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
 }
 
@@ -69,15 +70,19 @@ def load_method(path: str | Path) -> nn.Module:
     from fastcam.io import load_weights
 
     state, saved = load_weights(path)
+    if "method" not in saved:
+        raise FastcamError(f"weights '{path}': hold no method; expected a file that `fastcam train` wrote")
     config = {key: value for key, value in saved["config"].items() if key != "backbone"}
     method = create_method(saved["method"], num_classes=saved["num_classes"], backbone=saved["backbone"], **config)
-    missing, unexpected = method.load_state_dict(state, strict=False)
-    wrong = sorted({*unexpected, *missing} & {*unexpected, *method.export_state_dict()})
+    expected = {key: value.shape for key, value in method.export_state_dict().items()}
+    wrong = sorted(
+        key for key in expected.keys() | state.keys() if key not in state or expected.get(key) != state[key].shape
+    )
     if wrong:
-        shown = ", ".join(wrong[:3]) + (" ..." if len(wrong) > 3 else "")
         raise FastcamError(
-            f"weights '{path}': do not fit method '{saved['method']}' ({shown}); train it again or give the matching file"
+            f"weights '{path}': do not fit method '{saved['method']}' ({wrong[0]} and {len(wrong) - 1} more); train again"
         )
+    method.load_state_dict(state, strict=False)
     return method.eval()
 
 

@@ -155,7 +155,7 @@ def halve(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)
 
 
-def with_tag_of_background(tags: Tensor) -> Tensor:
+def with_background_tag(tags: Tensor) -> Tensor:
     """Tags ``(B, C)`` behind the background's, which is always 1: ``(B, C + 1)``."""
     return torch.cat([torch.ones_like(tags[:, :1]), tags], dim=1)
 
@@ -252,7 +252,7 @@ class SFC(nn.Module):
     def _train_view(self, images: Tensor, inside: Tensor, tags: Tensor, prototypes: bool) -> tuple[Tensor, ...]:
         stages = self.backbone(images)
         inside = F.interpolate(inside[:, None].float(), stages[2].shape[-2:], mode="nearest")
-        return self.heads(images, stages, with_tag_of_background(tags)[:, :, None, None] * inside, prototypes)
+        return self.heads(images, stages, with_background_tag(tags)[:, :, None, None] * inside, prototypes)
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The MSDW loss: L_cls + L_P + L_W.
@@ -294,7 +294,7 @@ class SFC(nn.Module):
         weight_cams = self._propagate(maps, self.correlation_features(2 * view if mirror else view, last, size))
         if tags is None:
             tags = view.new_ones(batch, self.num_classes)
-        valid = with_tag_of_background(tags)[:, :, None, None].expand_as(weight_cams)
+        valid = with_background_tag(tags)[:, :, None, None].expand_as(weight_cams)
         return weight_cams, self._prototype_cams(merge(self.hierarchical_features(stages)), weight_cams, valid)
 
     def cams(self, images: Tensor, tags: Tensor | None = None) -> Tensor:
@@ -313,7 +313,7 @@ class SFC(nn.Module):
         if not views:
             raise ValueError("sfc.fused_cams: expected at least one view, got none")
         weight_cams, proto_cams = zip(*(self.view_cams(view, tags) for view in views), strict=True)
-        present = None if tags is None else with_tag_of_background(tags) > 0
+        present = None if tags is None else with_background_tag(tags) > 0
         fused = sum(
             weight * cam_fuse(list(maps), size, present=present, activation=None, reduce="sum", normalize="max")
             for weight, maps in zip(self._family_weights(), (weight_cams, proto_cams), strict=True)

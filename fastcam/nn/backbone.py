@@ -162,14 +162,17 @@ def _freeze(backbone: Backbone, stages: int) -> None:
     if stages == 0:
         return
     parameters = list(backbone.parameters())
-    output = backbone(torch.zeros(1, 3, PROBE, PROBE))[stages - 1]
-    for p, g in zip(parameters, torch.autograd.grad(output.sum(), parameters, allow_unused=True), strict=True):
+    with torch.enable_grad():
+        output = backbone(torch.zeros(1, 3, PROBE, PROBE))[stages - 1].sum()
+    for p, g in zip(parameters, torch.autograd.grad(output, parameters, allow_unused=True), strict=True):
         if g is not None:
             p.requires_grad_(False)
 
 
 def _load(net: nn.Module, name: str, path: Path, unused: set[str]) -> None:
-    state = {k: v.float() if v.is_floating_point() else v for k, v in _read(path).items()}
+    from fastcam.io import load_weights
+
+    state = {k: v.float() if v.is_floating_point() else v for k, v in load_weights(path)[0].items()}
     if "features.18.0.weight" in state:
         state = {_mobilenet_v2_key(k): v for k, v in state.items()}
     expected = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -183,21 +186,6 @@ def _load(net: nn.Module, name: str, path: Path, unused: set[str]) -> None:
     _refuse(path, name, "has unexpected", given.keys() - expected.keys())
     _refuse(path, name, "has other shapes for", {k for k, shape in expected.items() if given[k].shape != shape})
     net.load_state_dict(given, strict=False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FastcamError(f"weights '{path}': no such file; give a local .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exceptions; the user needs the file's name and the reason
-        raise FastcamError(
-            f"weights '{path}': cannot be read as a state dict ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def _refuse(path: Path, name: str, what: str, keys: set[str]) -> None:
