@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import prototype_similarity
 from fastcam.ops.prototype_similarity import BWD, CANDIDATES, FWD
@@ -79,3 +79,26 @@ class TestPrototypeSimilarity(OpTester):
             prototype_similarity(x, torch.ones(5, 3, device=device), eps=0)
         with pytest.raises(TypeError, match="expected one dtype, got features float32, prototypes float64"):
             prototype_similarity(x, torch.ones(5, 3, device=device, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dtype", "K"), [("fp32", 21), ("fp16", 1), ("bf16", 150)])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, K):
+    kernels = pytest.importorskip("fastcam.kernels.prototype_similarity")
+    size = kernels.blocks(K)
+    x, sizes = f"*{dtype}", dict.fromkeys(("N", "D", "K", "x_stride_b", "x_stride_d", "x_stride_n"), "i32")
+    last = {"p_stride_b": "i32", "eps": "fp32"}
+    compile_for_gpus(
+        kernels._prototype_similarity_fwd_kernel,
+        {"x_ptr": x, "p_ptr": "*fp32", "out_ptr": x, "r_ptr": "*fp32", **sizes, **last},
+        {"RELU": True, **size},
+    )
+    compile_for_gpus(
+        kernels._prototype_similarity_bwd_features_kernel,
+        {"grad_ptr": x, "x_ptr": x, "p_ptr": "*fp32", "out_ptr": x, "r_ptr": "*fp32", "grad_x_ptr": x, **sizes, **last},
+        {"RELU": True, **size},
+    )
+    compile_for_gpus(
+        kernels._prototype_similarity_bwd_prototypes_kernel,
+        {"grad_ptr": x, "x_ptr": x, "out_ptr": x, "r_ptr": "*fp32", "parts_ptr": "*fp32", **sizes, "splits": "i32"},
+        {"RELU": True, "SPLIT": kernels.SPLIT, **size},
+    )

@@ -1,0 +1,48 @@
+"""The levels below a GPU: Triton kernels in their interpreter, and CUDA sources through nvcc."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is the interpreter's own process")
+def test_every_triton_kernel_passes_its_op_tests_in_the_interpreter():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "interpret", "-p", "no:cacheprovider", str(ROOT / "tests" / "ops")],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert passed, run.stdout[-2000:]
+    assert int(passed[1]) > 0
+
+
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")))
+def test_cuda_source_compiles_for_several_gpu_generations(source, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc not found")
+    for capability in (75, 80, 90):
+        out = tmp_path / f"{capability}.cubin"
+        subprocess.run(
+            [nvcc, "-std=c++17", "-Werror", "all-warnings", "-cubin", f"-arch=sm_{capability}", "-I", str(ROOT / "csrc"),
+             str(ROOT / "csrc" / "cuda" / source), "-o", str(out)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert out.stat().st_size > 0
+
+
+def test_every_op_has_all_its_parts():
+    for path in sorted((ROOT / "fastcam" / "ops").glob("[a-z]*.py")):
+        if "CANDIDATES" not in path.read_text():
+            continue  # helpers beside the ops
+        for part in ("fastcam/reference/{}.py", "tests/ops/test_{}.py", "python/bench/{}.py", "docs/ops/{}.md"):
+            assert (ROOT / part.format(path.stem)).exists(), f"op {path.stem} lacks {part.format(path.stem)}"
