@@ -1,0 +1,210 @@
+"""The `data` section of every command, and what the passes ask of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastcam.data import VOC_CLASSES, FolderDataset, VOCDataset, load_class_list
+from fastcam.errors import FastcamError
+from fastcam.io import load_weights, read_pass
+from fastcam.methods import load_method
+
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images and what is known about them: a folder in VOC's layout (root and split), or any folder of images (images).
+
+    Args:
+        root: folder that holds JPEGImages/ and ImageSets/Segmentation/.
+        split: name of a list in ImageSets/Segmentation/ or path of one; several are joined by +, as in train+extra.
+        images: plain folder of images, instead of root.
+        classes: voc, coco, names with commas between, or a file with a name a line. By default those of the weights or
+            of the pass before, else those of classes.txt in root, else voc.
+        tags: image-level labels: mask (the classes in the mask), xml (Annotations/), or a .csv or .npy file, below root
+            or absolute. By default mask for root, none for images.
+        masks: folder of the true masks, below root or absolute.
+    """
+
+    root: str | None = None
+    split: str = "train"
+    images: str | None = None
+    classes: str | list[str] | None = None
+    tags: str | None = None
+    masks: str = "SegmentationClass"
+
+
+class Images(Dataset[dict[str, Any]]):
+    """The items of one or several data sets, one after the other, by number or by id.
+
+    Attributes:
+        ids: of all items.
+        classes: names of the foreground classes.
+    """
+
+    def __init__(self, parts: Sequence[Any], transform: Transform | None = None) -> None:
+        self.parts = parts
+        self.transform = transform
+        self.classes: tuple[str, ...] = tuple(parts[0].classes)
+        self.ids: list[str] = [image_id for part in parts for image_id in part.ids]
+        self._ends = list(accumulate(len(part) for part in parts))
+        self._index = {image_id: index for index, image_id in enumerate(self.ids)}
+        if len(self._index) < len(self.ids):
+            twice = next(image_id for index, image_id in enumerate(self.ids) if self._index[image_id] != index)
+            raise FastcamError(
+                f"image {twice!r} is in more than one of the joined lists; join lists without common images"
+            )
+
+    @property
+    def tags(self) -> Tensor | None:
+        """Float `(len, C)`, or `None` where images have no tags."""
+        tags = [part.tags for part in self.parts]
+        return None if any(tag is None for tag in tags) else torch.cat(tags)
+
+    @property
+    def tags_known(self) -> bool:
+        """Whether items have tags, told without reading them."""
+        return all(not isinstance(part, FolderDataset) or part.tags is not None for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = bisect_right(self._ends, index)
+        item = self.parts[part][index - (self._ends[part - 1] if part else 0)]
+        return item if self.transform is None else self.transform(item)
+
+    def by_id(self, image_id: str) -> dict[str, Any]:
+        """The item of an image."""
+        return self[self._index[image_id]]
+
+
+def open_data(
+    data: Data, classes: Sequence[str] | None = None, *, masks: bool = False, transform: Transform | None = None
+) -> Images:
+    """Opens a data set.
+
+    Args:
+        data: where it is.
+        classes: what is known of the classes from elsewhere; `data.classes`, if given, must agree.
+        masks: whether masks are wanted; else they are only read where tags come from them.
+        transform: of the items.
+
+    Raises:
+        FastcamError: as the data sets of `fastcam.data`; or classes that disagree, or neither root nor images.
+    """
+    if (data.root is None) == (data.images is None):
+        raise FastcamError("expected either data.root (VOC's layout) or data.images (a plain folder); give one of them")
+    given = None if data.classes is None else load_class_list(data.classes)
+    if given and classes and given != tuple(classes):
+        raise FastcamError(
+            f"data.classes are {', '.join(given)}, but the input was made for {', '.join(classes)}; leave them out"
+        )
+    names = given or (tuple(classes) if classes else None)
+    if data.images is not None:
+        if masks:
+            raise FastcamError(f"masks are needed, and the plain folder {data.images} has none; give data.root")
+        if data.tags is not None and names is None:
+            raise FastcamError("data.classes is needed to read tags; give voc, names with commas between, or a file")
+        return Images([FolderDataset(data.images, data.tags, classes=names or VOC_CLASSES)], transform)
+    if names is None:
+        own = Path(str(data.root), "classes.txt")
+        names = load_class_list(own) if own.is_file() else VOC_CLASSES
+    tags = data.tags or "mask"
+    folder = data.masks if masks or tags == "mask" else None
+    splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
+    return Images([VOCDataset(data.root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)
+
+
+def load_image(dataset: Images, image_id: str, size: tuple[int, int]) -> Tensor:
+    """The image uint8 `(3, H, W)` of an id.
+
+    Raises:
+        FastcamError: its size is not `size`.
+    """
+    image = dataset.by_id(image_id)["image"].as_subclass(Tensor)
+    _check_size(f"image of {image_id}", tuple(image.shape[1:]), size)
+    return image
+
+
+def load_mask(dataset: Images, image_id: str, size: tuple[int, int]) -> Tensor:
+    """The true mask uint8 `(H, W)` of an id.
+
+    Raises:
+        FastcamError: its size is not `size`.
+    """
+    mask = dataset.by_id(image_id)["mask"].as_subclass(Tensor)
+    _check_size(f"mask of {image_id}", tuple(mask.shape), size)
+    return mask
+
+
+def _check_size(what: str, came: tuple[int, ...], size: tuple[int, int]) -> None:
+    if came != tuple(size):
+        made = f"its prediction is {size[1]} x {size[0]}"
+        raise FastcamError(f"{what} is {came[1]} x {came[0]} pixels, but {made}; make the prediction from this image")
+
+
+def input_record(folder: Path, maker: str) -> dict[str, Any]:
+    """What a pass stores about the folder it reads: its fingerprint and classes.
+
+    Raises:
+        FastcamError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise FastcamError(f"input folder {folder} does not exist; run {maker} first")
+    record = read_pass(folder)
+    if record is None:
+        return {"input": str(folder), "classes": None}
+    return {"input": record["fingerprint"], "classes": record["config"].get("classes")}
+
+
+def folder_classes(folder: Path) -> list[str] | None:
+    """The classes that the pass of a folder knew, or `None`."""
+    record = read_pass(folder)
+    return record["config"].get("classes") if record else None
+
+
+def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
+    """A trained method of a kind ("cam", "segmenter") and the names of its classes.
+
+    Raises:
+        FastcamError: the weights are missing, damaged, of another kind, or not written by train or segment.
+    """
+    saved = load_weights(path)[1]
+    if "method" not in saved:
+        maker = "segment" if kind == "segmenter" else "train"
+        raise FastcamError(
+            f"weights {path} say nothing of their method; expected the {maker} pass's weights.safetensors"
+        )
+    method = load_method(path)
+    if method.kind != kind:
+        raise FastcamError(
+            f"weights {path} are of a {method.kind} ({method.name}), expected a {kind}; give other weights"
+        )
+    return method, saved["classes"]
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file, shortened: names weights in `pass.json`.
+
+    Raises:
+        FastcamError: the file is missing.
+    """
+    if not path.is_file():
+        raise FastcamError(f"weights {path} do not exist; give the weights.safetensors of a finished training")
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

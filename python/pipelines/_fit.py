@@ -1,0 +1,366 @@
+"""Training as a list of steps: Lightning runs them on the machine, and one integer says how far it got.
+
+Step s sees batch s of `Batches`, which depends on the seed and s alone, and draws from a random state that depends on
+nothing else either. So a run that is killed and started again ends in the same bits as one that is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from fastcam.errors import FastcamError
+from fastcam.io import atomic_write, save_weights
+from fastcam.pipelines._parallel import add_time
+from fastcam.pipelines._settings import WEIGHTS, TrainerConfig
+
+CHECKPOINT, METRICS = "last.ckpt", "metrics.csv"
+_INIT, _ORDER, _ITEM, _STEP = range(4)  # what a random state is for; no two may draw the same numbers
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """The batches of all epochs as lists of (epoch, index), from a step on, for one of several processes.
+
+    Every epoch is a new permutation; the images left over at its end sit it out.
+
+    Args:
+        images: number of images.
+        batch_size: images a step, over all processes; a multiple of `world`.
+        epochs: number of epochs.
+        seed: of the order.
+        start: first step.
+        rank: the process that asks.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, epochs: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world = world
+        self.per_epoch = images // batch_size
+        self.total = self.per_epoch * epochs
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: list[int] = []
+        for step in range(self.start, self.total):
+            epoch, batch = divmod(step, self.per_epoch)
+            if not order or batch == 0:
+                generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, epoch))
+                order = torch.randperm(self.images, generator=generator).tolist()
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in chosen[self.rank :: self.world]]
+
+
+class Seeded(Dataset[Any]):
+    """Items by (epoch, index) whose random draws depend on the seed and these two alone.
+
+    The epoch comes with every index, so that worker processes may run ahead into the next one.
+
+    Args:
+        dataset: items by index; its transforms draw from torch's global generator, which is put back afterwards.
+        seed: of the training.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self.seed, _ITEM, *key))
+            return self.dataset[key[1]]
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Makes the random initial weights of a network that is built inside a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_mix(seed, _INIT))
+        yield
+
+
+class StepModule(LightningModule):
+    """A method under Lightning, which steps a single optimiser; several are stepped here, after one backward pass.
+
+    Args:
+        method: the network with its recipe.
+        config: the settings.
+        total: number of training steps.
+    """
+
+    def __init__(self, method: nn.Module, config: TrainerConfig, total: int) -> None:
+        super().__init__()
+        self.method = method
+        self.settings = config
+        self.total = total
+        self.step = 0
+        self.pairs = method.optimizers(total)
+        self.automatic_optimization = len(self.pairs) == 1
+        self.scalars: dict[str, Tensor] = {}
+        self.register_buffer("first_bad", torch.tensor(total), persistent=False)
+
+    @property
+    def grad_clip(self) -> float | None:
+        """Largest norm of the gradient, from the method's recipe."""
+        return getattr(self.method.config, "grad_clip", None)
+
+    def configure_optimizers(self) -> Any:
+        """All optimisers, with schedulers that step once a training step."""
+        optimizers = [optimizer for optimizer, _ in self.pairs]
+        return optimizers, [{"scheduler": s, "interval": "step"} for _, s in self.pairs if s is not None]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes all that a step draws a function of seed, step and process."""
+        torch.manual_seed(_mix(self.settings.seed, _STEP, self.step, self.trainer.global_rank))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The method's step. Remembers the first step whose loss is not finite, without waiting for the device."""
+        scalars = self.method.training_step(batch)
+        loss = scalars["loss"]
+        self.scalars = {name: value.detach() for name, value in scalars.items()}
+        self.first_bad.masked_fill_(~loss.detach().isfinite() & (self.first_bad == self.total), self.step)
+        if not self.automatic_optimization:
+            self._step_all(loss)
+        return loss
+
+    def _step_all(self, loss: Tensor) -> None:
+        for optimizer, _ in self.pairs:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        schedulers = self.lr_schedulers() or []
+        for optimizer in self.optimizers():
+            if self.grad_clip is not None:
+                self.clip_gradients(optimizer, gradient_clip_val=self.grad_clip, gradient_clip_algorithm="norm")
+            optimizer.step()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.pairs],
+            "schedulers": [scheduler and scheduler.state_dict() for _, scheduler in self.pairs],
+            "scaler": scaler and scaler.state_dict(),
+        }
+
+    def restore(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Continues where `checkpoint` was taken. Comes before `trainer.fit`, which moves everything to the device."""
+        self.step = checkpoint["step"]
+        self.method.load_state_dict(checkpoint["method"])
+        for (optimizer, scheduler), state, schedule in zip(
+            self.pairs, checkpoint["optimizers"], checkpoint["schedulers"], strict=True
+        ):
+            optimizer.load_state_dict(state)
+            if scheduler is not None:
+                scheduler.load_state_dict(schedule)
+        if checkpoint["scaler"] is not None:
+            trainer.precision_plugin.scaler.load_state_dict(checkpoint["scaler"])
+
+
+class Journal(Callback):
+    """Progress bar, `metrics.csv`, TensorBoard, checkpoints, and the end of a run whose loss is not finite.
+
+    Args:
+        out: folder of the run.
+        per_epoch: steps an epoch.
+    """
+
+    def __init__(self, out: Path, per_epoch: int) -> None:
+        self.out = out
+        self.per_epoch = per_epoch
+
+    def on_train_start(self, trainer: Trainer, module: StepModule) -> None:
+        """Opens the bar at the first step of this process and cuts lines that a killed run wrote beyond it."""
+        self.saved, self.saved_at = module.step, time.perf_counter()
+        if trainer.is_global_zero:
+            bar = {"desc": module.method.name, "unit": "step", "initial": module.step, "total": module.total}
+            self.bar = tqdm(**bar, disable=None)
+            self.rows = [row for row in _read_rows(self.out / METRICS) if int(row["step"]) <= module.step]
+
+    def on_train_batch_end(self, trainer: Trainer, module: StepModule, *_: Any) -> None:
+        """Counts the step; writes what is due."""
+        module.step += 1
+        config, step = module.settings, module.step
+        save_due = step % self.per_epoch == 0 or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
+        log_due = step % config.log_every == 0 or step == module.total
+        if save_due or log_due:
+            bad = int(module.first_bad)
+            if bad < module.total:
+                raise FastcamError(
+                    f"the loss of step {bad + 1} is not finite; lower the learning rate or use precision 32 "
+                    f"(last.ckpt holds step {self.saved})"
+                )
+        if not trainer.is_global_zero:
+            return
+        self.bar.update()
+        if log_due:
+            self._log(trainer, module)
+        if save_due:
+            self._save(module)
+
+    def _log(self, trainer: Trainer, module: StepModule) -> None:
+        scalars = {name: float(value) for name, value in module.scalars.items()}
+        rates = {f"lr{i or ''}": optimizer.param_groups[0]["lr"] for i, (optimizer, _) in enumerate(module.pairs)}
+        epoch = round(module.step / self.per_epoch, 4)
+        self.bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{scalars['loss']:.4g}")
+        for logger in trainer.loggers:
+            logger.log_metrics({**scalars, **rates}, step=module.step)
+        self.rows.append({"step": module.step, "epoch": epoch, **scalars, **rates})
+        with atomic_write(self.out / METRICS) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _save(self, module: StepModule) -> None:
+        with atomic_write(self.out / CHECKPOINT) as temporary:
+            torch.save(module.checkpoint(), temporary)
+        now = time.perf_counter()
+        add_time(self.out, module.step - self.saved, now - self.saved_at)
+        self.saved, self.saved_at = module.step, now
+
+    def teardown(self, trainer: Trainer, module: StepModule, stage: str) -> None:
+        """Closes the bar, also after an error."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def fit(method: nn.Module, dataset: Dataset[Any], classes: tuple[str, ...], config: TrainerConfig, out: Path) -> Path:
+    """Trains a method, or continues to, and writes its weights.
+
+    Args:
+        method: from `fastcam.methods.create_method`, untrained.
+        dataset: items by index, with a random training transform.
+        classes: names of the foreground classes, stored with the weights.
+        config: the settings.
+        out: folder, opened with `fastcam.io.open_pass`.
+
+    Returns:
+        The weights' path.
+
+    Raises:
+        FastcamError: too few images for a batch, a loss that is not finite, a checkpoint that does not load, an image
+            that does not.
+    """
+    images = len(dataset)  # type: ignore[arg-type]
+    if images < config.batch_size:
+        raise FastcamError(
+            f"trainer.batch_size is {config.batch_size}, but there are {images} images; choose at most {images}"
+        )
+    if config.epochs < 1 or config.batch_size < 1:
+        raise FastcamError(f"trainer.epochs is {config.epochs} and batch_size {config.batch_size}, expected at least 1")
+    if config.batch_size % config.devices:
+        raise FastcamError(
+            f"trainer.batch_size is {config.batch_size}, expected a multiple of trainer.devices, {config.devices}"
+        )
+    batches = Batches(images, config.batch_size, config.epochs, config.seed)
+    module = StepModule(method, config, batches.total)
+    if not module.automatic_optimization and config.precision == "16-mixed":
+        raise FastcamError(
+            f"trainer.precision 16-mixed scales one loss, but {method.name} has several optimisers; use bf16-mixed"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice about workers, log intervals and modules in eval mode
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = _trainer(module, config, Journal(out, batches.per_epoch), out)
+        if (out / CHECKPOINT).is_file():
+            module.restore(_load_checkpoint(out / CHECKPOINT), trainer)
+        if module.step < module.total:
+            module.train_dataloader = lambda: _loader(dataset, module, trainer)  # type: ignore[method-assign]
+            _fit(trainer, module)
+    if trainer.is_global_zero:
+        config_of = dataclasses.asdict(method.config)
+        record = {"method": method.name, "num_classes": len(classes), "classes": list(classes)}
+        record |= {"backbone": config_of.get("backbone"), "config": config_of}
+        save_weights(out / WEIGHTS, method.export_state_dict(), record)
+    return out / WEIGHTS
+
+
+def _trainer(module: StepModule, config: TrainerConfig, journal: Journal, out: Path) -> Trainer:
+    # DDP must look for parameters without a gradient: systems detach stages that they do not freeze.
+    many = config.strategy == "auto" and config.devices > 1
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy="ddp_find_unused_parameters_true" if many else config.strategy,
+        precision=config.precision,
+        max_epochs=1,  # Lightning's epoch is the whole training
+        gradient_clip_val=module.grad_clip if module.automatic_optimization else None,
+        callbacks=[journal],
+        logger=TensorBoardLogger(out, name=None, version="tensorboard"),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _loader(dataset: Dataset[Any], module: StepModule, trainer: Trainer) -> DataLoader[Any]:
+    config, rank, world = module.settings, trainer.global_rank, trainer.world_size
+    images = len(dataset)  # type: ignore[arg-type]
+    return DataLoader(
+        Seeded(dataset, config.seed),
+        batch_sampler=Batches(images, config.batch_size, config.epochs, config.seed, module.step, rank, world),
+        num_workers=config.workers,
+        pin_memory=module.device.type == "cuda",
+        generator=torch.Generator(),  # else the loader draws from the random state of the steps
+    )
+
+
+def _fit(trainer: Trainer, module: StepModule) -> None:
+    try:
+        trainer.fit(module)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from None
+    except FastcamError as error:
+        # One from a worker process comes wrapped in its traceback; our messages are one line.
+        raise FastcamError(str(error).strip().splitlines()[-1].removeprefix("fastcam.errors.FastcamError: ")) from None
+    if module.step < module.total:
+        raise KeyboardInterrupt
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch readers each have exceptions of their own
+        reason = str(error).split("\n", 1)[0]
+        raise FastcamError(f"checkpoint {path} does not load: {reason}; remove it to train from the start") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several small numbers."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % 2**63
+    return mixed

@@ -1,0 +1,177 @@
+"""The evaluate pass: label PNGs or CAMs against masks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastcam.errors import FastcamError
+from fastcam.io import atomic_write, finished_ids, load_cams, read_label_png
+from fastcam.metrics import ConfusionMatrix, cam_threshold_sweep, iou, mean_iou
+from fastcam.pipelines._data import Data, folder_classes, load_mask, open_data
+from fastcam.pipelines._parallel import ordered_map
+from fastcam.pipelines.label import to_labels
+
+ABSENT = ("skip", "zero", "gt_only")
+THRESHOLDS = [round(0.01 * step, 2) for step in range(100)]
+
+
+def evaluate(
+    data: Data,
+    predictions: Path,
+    out: Path | None = None,
+    threshold: float | None = None,
+    ignored: Literal["background", "skip"] = "background",
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Scores label PNGs or CAMs against the masks of a data set, and writes scores.json.
+
+    All counts go into one confusion matrix over the data set. CAMs are scored at a threshold, or with their own
+    background; every constant threshold from 0 to 0.99 is scored beside it, and without a threshold or a background of
+    their own the best one stands for them.
+
+    Args:
+        data: the data set with masks.
+        predictions: folder of .png labels, or of CamSets that make-cam or refine wrote.
+        out: folder for scores.json; the folder of the predictions if it is not given.
+        threshold: constant score of the background, for CAMs.
+        ignored: what a predicted 255 counts as: background (IRN), or nothing (AFA; flatters labels that ignore much).
+        workers: images that are read at the same time.
+
+    Returns:
+        What scores.json holds: "images"; "classes", background first; "mean_iou" by the rule for absent classes
+        ("skip", "zero", "gt_only"); "iou" by class (rule "skip"; null without pixels); "confusion", rows true; for CAMs
+        "threshold" (null: their own background) and "sweep" {"thresholds", "mean_iou", "best_threshold",
+        "best_mean_iou"}; for labels "ignored", the fraction of predicted 255.
+
+    Raises:
+        FastcamError: no masks, no or missing predictions, or a mask of another size than its prediction.
+    """
+    dataset = open_data(data, folder_classes(predictions), masks=True)
+    found = {suffix: finished_ids(predictions, suffix) for suffix in (".npz", ".png")}
+    suffix = max(found, key=lambda kind: len(found[kind] & set(dataset.ids)))
+    missing = [image_id for image_id in dataset.ids if image_id not in found[suffix]]
+    if missing:
+        count = f"{len(missing)} of {len(dataset.ids)} images"
+        raise FastcamError(f"{predictions} has no prediction for {count}, e.g. {missing[0]}; finish that pass first")
+    names = ["background", *dataset.classes]
+    score = _score_cams if suffix == ".npz" else _score_labels
+    confusion, further = score(dataset, predictions, len(names), threshold, ignored, workers)
+    scores = {
+        "images": len(dataset.ids),
+        "classes": names,
+        "mean_iou": {absent: _number(mean_iou(confusion, absent)) for absent in ABSENT},
+        "iou": dict(zip(names, [_number(value) for value in iou(confusion).tolist()], strict=True)),
+        **further,
+        "confusion": confusion.tolist(),
+    }
+    with atomic_write((out or predictions) / "scores.json") as temporary:
+        temporary.write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def table(scores: dict[str, Any]) -> str:
+    """What `evaluate` returned as lines of text."""
+    mean = scores["mean_iou"]
+    lines = [f"{'class':<16} IoU %"]
+    lines += [f"{name:<16} {_percent(value)}" for name, value in scores["iou"].items()]
+    lines += [f"{'mean':<16} {_percent(mean['skip'])}   over {scores['images']} images"]
+    if mean["zero"] != mean["skip"] or mean["gt_only"] != mean["skip"]:
+        lines += [
+            f"{'  absent as 0':<16} {_percent(mean['zero'])}",
+            f"{'  in masks only':<16} {_percent(mean['gt_only'])}",
+        ]
+    if "sweep" in scores:
+        best, at = scores["sweep"], scores["threshold"]
+        lines += [f"background: {'its own' if at is None else f'threshold {at}'}"]
+        lines += [f"best threshold: {best['best_threshold']} gives {_percent(best['best_mean_iou']).strip()}"]
+    elif scores["ignored"]:
+        lines += [f"predicted 255: {_percent(scores['ignored']).strip()} % of the pixels"]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "    -" if value is None else f"{100 * value:5.1f}"
+
+
+def _score_labels(
+    dataset: Any,
+    folder: Path,
+    labels: int,
+    threshold: float | None,
+    ignored: Literal["background", "skip"],
+    workers: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    if threshold is not None:
+        raise FastcamError(f"threshold {threshold} is for CAMs, and {folder} holds labels; leave it out")
+    metric = ConfusionMatrix(labels, predicted_ignore=ignored)
+    blank = pixels = 0
+
+    def read(image_id: str) -> tuple[str, Tensor, Tensor]:
+        pred = read_label_png(folder / f"{image_id}.png")
+        return image_id, pred, load_mask(dataset, image_id, tuple(pred.shape))
+
+    for image_id, pred, mask in ordered_map(read, dataset.ids, workers):
+        beyond = pred[(pred >= labels) & (pred != 255)]
+        if len(beyond):
+            wanted = f"0 to {labels - 1} or 255 for {labels - 1} classes"
+            raise FastcamError(
+                f"{folder / image_id}.png has label {int(beyond[0])}, expected {wanted}; check data.classes"
+            )
+        metric.update(pred, mask)
+        blank += int((pred == 255).sum())
+        pixels += pred.numel()
+    return metric.compute(), {"ignored": blank / pixels}
+
+
+def _score_cams(
+    dataset: Any,
+    folder: Path,
+    labels: int,
+    threshold: float | None,
+    ignored: Literal["background", "skip"],
+    workers: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    metric = ConfusionMatrix(labels, predicted_ignore=ignored)
+    thresholds = sorted({*THRESHOLDS, threshold} - {None})
+    sweep = torch.zeros(len(thresholds), labels, labels, dtype=torch.int64)
+    with_background = 0
+
+    def count(image_id: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        camset = load_cams(folder / f"{image_id}.npz")
+        if len(camset.keys) and int(camset.keys[-1]) >= labels - 1:
+            at = f"{folder / image_id}.npz has class {int(camset.keys[-1])}"
+            raise FastcamError(f"{at}, expected 0 to {labels - 2}; check data.classes")
+        mask = load_mask(dataset, image_id, camset.size)
+        pred = None if camset.background is None else to_labels(camset.scores().argmax(0), camset.keys)
+        return mask, cam_threshold_sweep(camset, mask, thresholds, labels - 1), pred
+
+    for mask, counts, pred in ordered_map(count, dataset.ids, workers):
+        sweep += counts
+        if pred is not None:
+            metric.update(pred, mask)
+            with_background += 1
+    if with_background not in (0, len(dataset.ids)):
+        raise FastcamError(f"{folder} mixes CAMs with and without a background; make them again in an empty folder")
+    means = [mean_iou(confusion) for confusion in sweep]
+    best = max(range(len(means)), key=lambda i: -1.0 if math.isnan(means[i]) else means[i])
+    record = {
+        "thresholds": thresholds,
+        "mean_iou": [_number(mean) for mean in means],
+        "best_threshold": thresholds[best],
+        "best_mean_iou": _number(means[best]),
+    }
+    if threshold is None and with_background:
+        return metric.compute(), {"threshold": None, "sweep": record}
+    at = best if threshold is None else thresholds.index(threshold)
+    return sweep[at], {"threshold": thresholds[at], "sweep": record}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
