@@ -9,23 +9,26 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import logging
+import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from fastcam.errors import FastcamError
-from fastcam.io import atomic_write, save_weights
-from fastcam.pipelines._parallel import add_time
+from fastcam.io import atomic_write, open_pass, save_weights
+from fastcam.pipelines._parallel import add_time, withdraw
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig
 
 CHECKPOINT, METRICS = "last.ckpt", "metrics.csv"
@@ -119,6 +122,7 @@ class StepModule(LightningModule):
         self.pairs = method.optimizers(total)
         self.automatic_optimization = len(self.pairs) == 1
         self.scalars: dict[str, Tensor] = {}
+        self.rates: dict[str, float] = {}
         self.register_buffer("first_bad", torch.tensor(total), persistent=False)
 
     @property
@@ -140,6 +144,7 @@ class StepModule(LightningModule):
         scalars = self.method.training_step(batch)
         loss = scalars["loss"]
         self.scalars = {name: value.detach() for name, value in scalars.items()}
+        self.rates = {f"lr{i or ''}": opt.param_groups[0]["lr"] for i, (opt, _) in enumerate(self.pairs)}
         self.first_bad.masked_fill_(~loss.detach().isfinite() & (self.first_bad == self.total), self.step)
         if not self.automatic_optimization:
             self._step_all(loss)
@@ -209,6 +214,8 @@ class Journal(Callback):
         save_due = step % self.per_epoch == 0 or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
         log_due = step % config.log_every == 0 or step == module.total
         if save_due or log_due:
+            if trainer.world_size > 1:  # all processes must stop at the same step
+                torch.distributed.all_reduce(module.first_bad, op=torch.distributed.ReduceOp.MIN)
             bad = int(module.first_bad)
             if bad < module.total:
                 raise FastcamError(
@@ -225,20 +232,21 @@ class Journal(Callback):
 
     def _log(self, trainer: Trainer, module: StepModule) -> None:
         scalars = {name: float(value) for name, value in module.scalars.items()}
-        rates = {f"lr{i or ''}": optimizer.param_groups[0]["lr"] for i, (optimizer, _) in enumerate(module.pairs)}
         epoch = round(module.step / self.per_epoch, 4)
         self.bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{scalars['loss']:.4g}")
         for logger in trainer.loggers:
-            logger.log_metrics({**scalars, **rates}, step=module.step)
-        self.rows.append({"step": module.step, "epoch": epoch, **scalars, **rates})
+            logger.log_metrics({**scalars, **module.rates}, step=module.step)
+        self.rows.append({"step": module.step, "epoch": epoch, **scalars, **module.rates})
         with atomic_write(self.out / METRICS) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[-1]), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
 
     def _save(self, module: StepModule) -> None:
+        data = io.BytesIO()  # torch.save to a file hides why the system refuses to write
+        torch.save(module.checkpoint(), data)
         with atomic_write(self.out / CHECKPOINT) as temporary:
-            torch.save(module.checkpoint(), temporary)
+            temporary.write_bytes(data.getbuffer())
         now = time.perf_counter()
         add_time(self.out, module.step - self.saved, now - self.saved_at)
         self.saved, self.saved_at = module.step, now
@@ -249,7 +257,14 @@ class Journal(Callback):
             self.bar.close()
 
 
-def fit(method: nn.Module, dataset: Dataset[Any], classes: tuple[str, ...], config: TrainerConfig, out: Path) -> Path:
+def fit(
+    method: nn.Module,
+    dataset: Dataset[Any],
+    classes: tuple[str, ...],
+    config: TrainerConfig,
+    out: Path,
+    record: Mapping[str, Any],
+) -> Path:
     """Trains a method, or continues to, and writes its weights.
 
     Args:
@@ -257,7 +272,8 @@ def fit(method: nn.Module, dataset: Dataset[Any], classes: tuple[str, ...], conf
         dataset: items by index, with a random training transform.
         classes: names of the foreground classes, stored with the weights.
         config: the settings.
-        out: folder, opened with `fastcam.io.open_pass`.
+        out: folder of the run.
+        record: all that the weights depend on, for `fastcam.io.open_pass`.
 
     Returns:
         The weights' path.
@@ -285,13 +301,15 @@ def fit(method: nn.Module, dataset: Dataset[Any], classes: tuple[str, ...], conf
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about workers, log intervals and modules in eval mode
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         trainer = _trainer(module, config, Journal(out, batches.per_epoch), out)
+        open_pass(out, record)
         if (out / CHECKPOINT).is_file():
             module.restore(_load_checkpoint(out / CHECKPOINT), trainer)
         if module.step < module.total:
             module.train_dataloader = lambda: _loader(dataset, module, trainer)  # type: ignore[method-assign]
-            _fit(trainer, module)
+            _run(trainer, module, out)
     if trainer.is_global_zero:
         config_of = dataclasses.asdict(method.config)
         record = {"method": method.name, "num_classes": len(classes), "classes": list(classes)}
@@ -303,20 +321,26 @@ def fit(method: nn.Module, dataset: Dataset[Any], classes: tuple[str, ...], conf
 def _trainer(module: StepModule, config: TrainerConfig, journal: Journal, out: Path) -> Trainer:
     # DDP must look for parameters without a gradient: systems detach stages that they do not freeze.
     many = config.strategy == "auto" and config.devices > 1
-    return Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        strategy="ddp_find_unused_parameters_true" if many else config.strategy,
-        precision=config.precision,
-        max_epochs=1,  # Lightning's epoch is the whole training
-        gradient_clip_val=module.grad_clip if module.automatic_optimization else None,
-        callbacks=[journal],
-        logger=TensorBoardLogger(out, name=None, version="tensorboard"),
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    try:
+        return Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy="ddp_find_unused_parameters_true" if many else config.strategy,
+            precision=config.precision,
+            max_epochs=1,  # Lightning's epoch is the whole training
+            gradient_clip_val=module.grad_clip if module.automatic_optimization else None,
+            callbacks=[journal],
+            logger=TensorBoardLogger(out, name=None, version="tensorboard"),
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise FastcamError(
+            f"trainer.accelerator, devices, strategy or precision do not fit this machine: {reason}"
+        ) from None
 
 
 def _loader(dataset: Dataset[Any], module: StepModule, trainer: Trainer) -> DataLoader[Any]:
@@ -331,16 +355,23 @@ def _loader(dataset: Dataset[Any], module: StepModule, trainer: Trainer) -> Data
     )
 
 
-def _fit(trainer: Trainer, module: StepModule) -> None:
+def _run(trainer: Trainer, module: StepModule, out: Path) -> None:
+    """`trainer.fit` with our exceptions, taking everything back that came before the first checkpoint if it fails."""
     try:
         trainer.fit(module)
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from None
-    except FastcamError as error:
-        # One from a worker process comes wrapped in its traceback; our messages are one line.
-        raise FastcamError(str(error).strip().splitlines()[-1].removeprefix("fastcam.errors.FastcamError: ")) from None
-    if module.step < module.total:
-        raise KeyboardInterrupt
+        if module.step < module.total:
+            raise KeyboardInterrupt
+    except BaseException as error:
+        if trainer.is_global_zero and not (out / CHECKPOINT).is_file():
+            shutil.rmtree(out / "tensorboard", ignore_errors=True)
+            (out / METRICS).unlink(missing_ok=True)
+            withdraw(out)
+        if isinstance(error, SystemExit):  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+        if isinstance(error, FastcamError):  # from a worker process it comes wrapped in a traceback; ours are one line
+            line = str(error).strip().splitlines()[-1]
+            raise FastcamError(line.removeprefix("fastcam.errors.FastcamError: ")) from None
+        raise
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

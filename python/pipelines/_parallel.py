@@ -1,5 +1,6 @@
 """Threads that read and write around one that computes, and the frame of all passes over images."""
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -89,15 +90,25 @@ def run_pass(
     done = finished_ids(out, suffix)
     todo = [image_id for image_id in ids if image_id not in done]
     start, written = time.perf_counter(), 0
+    bar = {"desc": name, "unit": "image", "initial": len(ids) - len(todo), "total": len(ids), "disable": None}
     try:
-        bar = {"desc": name, "unit": "image", "initial": len(ids) - len(todo), "total": len(ids), "disable": None}
         for _ in tqdm(work(todo), **bar):
             written += 1
+    except BaseException:
+        if not finished_ids(out, suffix):
+            withdraw(out)
+        raise
     finally:
-        seconds = time.perf_counter() - start
         if written:
-            add_time(out, written, seconds)
-    return PassResult(out, len(ids), written, seconds)
+            add_time(out, written, time.perf_counter() - start)
+    return PassResult(out, len(ids), written, time.perf_counter() - start)
+
+
+def withdraw(out: Path) -> None:
+    """Takes back the opening of a pass that came to nothing, so that the folder is free for another configuration."""
+    (out / "pass.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it was there before, with something else in it
+        out.rmdir()
 
 
 def add_time(out: Path, count: int, seconds: float) -> None:

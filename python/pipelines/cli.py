@@ -95,7 +95,9 @@ def _arguments(command: str, function: Any, summary: str, argv: list[str]) -> di
     import jsonargparse
 
     about = inspect.cleandoc(function.__doc__ or summary).split("\nArgs:")[0].split("\nReturns:")[0].strip()
-    parser = jsonargparse.ArgumentParser(prog=f"fastcam {command}", description=about, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fastcam {command}", description=about, exit_on_error=False, allow_abbrev=False
+    )
     help_text = (
         "YAML with any of the arguments below; a file, or the name of a shipped one. What follows it overrides it."
     )
@@ -112,15 +114,15 @@ def _arguments(command: str, function: Any, summary: str, argv: list[str]) -> di
 def _explain(message: str, command: str, known: list[str]) -> str:
     """The parser's message in one line, with the nearest known key where a key is unknown."""
     line = " ".join(message.split())
-    unknown = re.search(
-        r"unrecognized arguments: --([\w.-]+)|does not accept option '([\w.-]+)'|[Kk]ey ['\"]([\w.-]+)['\"] is", line
-    )
-    if not unknown:
-        return f"{line}; see fastcam {command} --help"
-    key = next(group for group in unknown.groups() if group)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"see fastcam {command} --help"
-    return f"{command} has no argument '{key}'; {hint}"
+    if unknown := re.search(r"unrecognized arguments: --([\w.-]+)|[oO]ption '([\w.-]+)'", line):
+        key = unknown[1] or unknown[2]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"see fastcam {command} --help"
+        return f"{command} has no argument '{key}'; {hint}"
+    if wrong := re.search(r"Parser key \"([\w.-]+)\": Expected an? <class '(\w+)'>\. Got value: (.*)", line):
+        kind = {"tuple": "list such as [1.0,0.5]", "int": "whole number", "float": "number"}.get(wrong[2], wrong[2])
+        return f"argument {wrong[1]} is '{wrong[3]}', expected a {kind}"
+    return f"{line}; see fastcam {command} --help"
 
 
 def _keys(parser: Any) -> Iterator[str]:

@@ -73,8 +73,8 @@ def pseudo_label(
     if labels is None:
         need_tag_logits(network)
         record["tag_threshold"] = tag_threshold
-    open_pass(out, {**record, "tags": "given" if labels else "predicted", "classes": classes})
     network.to(pick_device(device))
+    open_pass(out, {**record, "tags": "given" if labels else "predicted", "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
     def read(image_id: str) -> tuple[str, Tensor, list[Tensor], Tensor | None]:

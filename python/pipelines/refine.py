@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, load_cams, open_pass, save_cams
 from fastcam.ops.crf_mean_field import crf_mean_field
+from fastcam.ops.unaries import unary_from_labels, unary_from_softmax
 from fastcam.pipelines._data import Data, folder_classes, input_record, load_image, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 
@@ -53,30 +53,19 @@ class Crf:
     gt_prob: float = 0.7
 
     def resolved(self) -> Crf:
-        """The same with every value filled in."""
+        """The same with every value filled in.
+
+        Raises:
+            FastcamError: a value out of range.
+        """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        return Crf(**{**PRESETS[self.preset], **given})
-
-
-def unary_from_softmax(scores: Tensor, clip: float = 1e-5) -> Tensor:
-    """Energies `-log(clip(p, clip, 1))` of scores `(K, H, W)`, which need not sum to 1, as in pydensecrf."""
-    return -scores.clamp(clip, 1).log()
-
-
-def unary_from_labels(label: Tensor, num_labels: int, gt_prob: float = 0.7) -> Tensor:
-    """Energies of a label map that is right with probability `gt_prob` (pydensecrf, `zero_unsure=False`).
-
-    Args:
-        label: integers `(H, W)` in `[0, num_labels)`.
-        num_labels: K, at least 2.
-        gt_prob: in (0, 1).
-
-    Returns:
-        float32 `(K, H, W)`.
-    """
-    right = F.one_hot(label.long(), num_labels).permute(2, 0, 1).bool()
-    p = torch.tensor([(1 - gt_prob) / (num_labels - 1), gt_prob])
-    return -p.log()[right.long()]
+        crf = Crf(**{**PRESETS[self.preset], **given})
+        for name in ("gaussian_sxy", "gaussian_compat", "sxy", "srgb", "compat", "iterations"):
+            if not getattr(crf, name) > 0:
+                raise FastcamError(f"crf.{name} is {getattr(crf, name)}, expected a number above 0")
+        if not 0 < crf.gt_prob < 1:
+            raise FastcamError(f"crf.gt_prob is {crf.gt_prob}, expected a number between 0 and 1")
+        return crf
 
 
 def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
@@ -94,12 +83,12 @@ def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
         return torch.ones_like(scores)
     crf = crf.resolved()
     if crf.unary == "label":
-        unary = unary_from_labels(scores.argmax(0), len(scores), crf.gt_prob)
+        unary = unary_from_labels(scores.argmax(0)[None], len(scores), crf.gt_prob, zero_unsure=False)
     else:
-        unary = unary_from_softmax(scores)
+        unary = unary_from_softmax(scores[None])
     return crf_mean_field(
-        unary[None].contiguous(),
-        image[None].contiguous(),
+        unary,
+        image[None],
         iterations=crf.iterations,
         gaussian=(crf.gaussian_sxy, crf.gaussian_compat),
         bilateral=(crf.sxy, crf.srgb, crf.compat),

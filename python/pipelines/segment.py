@@ -98,8 +98,9 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
     if missing:
         count = f"{len(missing)} of {len(images)} images"
         raise FastcamError(f"{labels} has no label for {count}, e.g. {missing[0]}; finish the label pass first")
-    open_pass(out, {**record, **source, "classes": list(images.classes)})
+    record |= {**source, "classes": list(images.classes)}
     if (out / WEIGHTS).is_file():
+        open_pass(out, record)
         return out / WEIGHTS
     from fastcam.pipelines._fit import fit, seeded_init
 
@@ -109,7 +110,7 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
         raise FastcamError(f"method {network.name} is a {network.kind}, expected a segmenter such as deeplab")
     mean, std = network.normalize
     transform = train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)
-    return fit(network, Labelled(images, labels, transform), images.classes, trainer, out)
+    return fit(network, Labelled(images, labels, transform), images.classes, trainer, out, record)
 
 
 def predict_masks(
@@ -129,8 +130,8 @@ def predict_masks(
     record["crf"] = crf and dataclasses.asdict(crf.resolved())
     network, classes = load_trained(weights, "segmenter")
     dataset = open_data(data, classes)
-    open_pass(out, {**record, "classes": classes})
     network.to(pick_device(device))
+    open_pass(out, {**record, "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
     def read(image_id: str) -> tuple[str, Tensor, list[Tensor]]:

@@ -35,8 +35,9 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path)
         raise FastcamError("method.name is missing; give the name of a method, such as sfc or cam")
     record = {"pass": "train", "data": dataclasses.asdict(data), "method": method, "trainer": trainer_record(trainer)}
     dataset = open_data(data)
-    open_pass(out, {**record, "classes": list(dataset.classes)})
+    record["classes"] = list(dataset.classes)
     if (out / WEIGHTS).is_file():
+        open_pass(out, record)
         return out / WEIGHTS
     from fastcam.pipelines._fit import fit, seeded_init
 
@@ -55,4 +56,4 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path)
     dataset.transform = train_transform(
         trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std
     )
-    return fit(network, dataset, dataset.classes, trainer, out)
+    return fit(network, dataset, dataset.classes, trainer, out, record)
