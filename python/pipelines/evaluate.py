@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,10 +46,11 @@ def evaluate(
         workers: images that are read at the same time.
 
     Returns:
-        What scores.json holds: "images"; "classes", background first; "mean_iou" by the rule for absent classes
-        ("skip", "zero", "gt_only"); "iou" by class (rule "skip"; null without pixels); "confusion", rows true; for CAMs
-        "threshold" (null: their own background) and "sweep" {"thresholds", "mean_iou", "best_threshold",
-        "best_mean_iou"}; for labels "ignored", the fraction of predicted 255.
+        What scores.json holds: "data" as given; "predictions", relative to the folder of scores.json; "images";
+        "classes", background first; "mean_iou" by the rule for absent classes ("skip", "zero", "gt_only"); "iou" by
+        class (rule "skip"; null without pixels); "confusion", rows true; for CAMs "threshold" (null: their own
+        background) and "sweep" {"thresholds", "mean_iou", "best_threshold", "best_mean_iou"}; for labels "ignored",
+        the fraction of predicted 255.
 
     Raises:
         FastcamError: no masks, no or missing predictions, or a mask of another size than its prediction.
@@ -63,6 +66,8 @@ def evaluate(
     score = _score_cams if suffix == ".npz" else _score_labels
     confusion, further = score(dataset, predictions, len(names), threshold, ignored, workers)
     scores = {
+        "data": dataclasses.asdict(data),
+        "predictions": os.path.relpath(predictions, out or predictions),
         "images": len(dataset.ids),
         "classes": names,
         "mean_iou": {absent: _number(mean_iou(confusion, absent)) for absent in ABSENT},
