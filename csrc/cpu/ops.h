@@ -5,6 +5,14 @@
 
 namespace fastcam {
 
+// views: S rows of (address of (BC, h, w), h, w, mirrored, address of its gradient); reduce, normalize: csrc/cam_fuse.h;
+// present may be null.
+void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, void* stats, bool f64, int64_t S, int64_t BC,
+                  int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce, int normalize,
+                  bool align_corners, double eps, int threads);
+void cam_fuse_bwd(const void* grad, const int64_t* views, const void* stats, const bool* present, bool f64, int64_t S,
+                  int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce,
+                  int normalize, bool align_corners, double eps, int threads);
 void prototype_similarity_fwd(const void* x, const void* p_hat, void* out, void* r, bool f64, int64_t B, int64_t D,
                               int64_t N, int64_t K, bool p_batched, bool relu, double eps, int threads);
 void prototype_similarity_bwd(const void* grad, const void* x, const void* p_hat, const void* out, const void* r,

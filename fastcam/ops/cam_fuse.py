@@ -31,7 +31,7 @@ BWD = op(
     f"cam_fuse_bwd(Tensor grad, Tensor[] cams, Tensor stats, {POLICY}) -> Tensor[]",
     fake=lambda grad, cams, *_: [cam.new_empty(cam.shape) for cam in cams],
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 
 
 class _CamFuse(torch.autograd.Function):

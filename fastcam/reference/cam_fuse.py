@@ -33,8 +33,8 @@ def cam_fuse_bwd(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the views. The fused maps are computed again; ``stats`` is what the forward returned.
 
-    With y = (x - low) / d, d = max - low + eps (low = 0 for ``"max"``) and s = sum(g y): dx = g / d, minus s / d
-    shared by the pixels that hold the maximum, plus (s - sum(g)) / d shared by those that hold the minimum (``"minmax"``).
+    With y = (x - low) / d, d = max - low + eps (low = 0 for ``"max"``) and s = sum(g y): dx = g / d, minus s / d shared
+    by the pixels that hold the maximum, plus (s - sum(g)) / d shared by those that hold the minimum for ``"minmax"``.
     """
     views = _resize(cams, flips, size, grid, relu, align_corners)
     x, winner = _fuse(views, reduce)

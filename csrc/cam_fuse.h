@@ -1,0 +1,9 @@
+// What the C++ and the CUDA version of cam_fuse agree on with their launchers in fastcam/native/cam_fuse.py.
+#pragma once
+
+namespace fastcam {
+
+enum FuseReduce : int { FUSE_SUM, FUSE_MEAN, FUSE_MAX };
+enum FuseNormalize : int { FUSE_BY_NOTHING, FUSE_BY_MAX, FUSE_BY_MINMAX };
+
+}  // namespace fastcam
