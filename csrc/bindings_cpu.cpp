@@ -1,11 +1,43 @@
 #include "bindings.h"
+
+#include <memory>
+
+#include "cpu/lattice.h"
 #include "cpu/ops.h"
+
+namespace {
+
+void bind_lattice(pybind11::module_& m) {
+  using fastcam::Lattice;
+  pybind11::class_<Lattice>(m, "Lattice")
+      .def(pybind11::init([](uintptr_t features, int64_t d, int64_t N, int threads) {
+             return std::make_unique<Lattice>(reinterpret_cast<const float*>(features), d, N, threads);
+           }),
+           pybind11::call_guard<pybind11::gil_scoped_release>())
+      .def_property_readonly("vertices", &Lattice::vertices)
+      .def("copy_to",
+           [](const Lattice& lattice, uintptr_t vertex, uintptr_t weight, uintptr_t neighbour) {
+             lattice.copy_to(reinterpret_cast<int32_t*>(vertex), reinterpret_cast<float*>(weight),
+                             reinterpret_cast<int32_t*>(neighbour));
+           })
+      .def(
+          "filter",
+          [](const Lattice& lattice, uintptr_t x, uintptr_t out, bool f64, int64_t V, bool reverse, int threads) {
+            lattice.filter(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), f64, V, reverse, threads);
+          },
+          pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastcam;
   m.doc() = "C++ implementations of fastcam's ops, on addresses; fastcam.native calls them.";
   bind(m, "cam_fuse_fwd", cam_fuse_fwd);
   bind(m, "cam_fuse_bwd", cam_fuse_bwd);
+  bind(m, "crf_mean_field_fwd", crf_mean_field_fwd);
+  bind(m, "crf_mean_field_bwd", crf_mean_field_bwd);
+  bind_lattice(m);
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
 }

@@ -23,7 +23,7 @@ BWD = op(
     f"crf_mean_field_bwd(Tensor grad, {_ARGUMENTS}) -> Tensor",
     fake=lambda grad, unary, *rest: unary.new_empty(unary.shape),
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 KERNELS = ("fast", "lattice", "exact")
 
@@ -98,11 +98,11 @@ def crf_mean_field(
         BackendError: a backend asked for by name cannot run.
 
     Example:
-        >>> unary = torch.tensor([0.0, 1.0, 1.0, 0.0]).reshape(1, 2, 1, 2)
-        >>> crf_mean_field(unary, None, iterations=0, gaussian=None, bilateral=None)
-        tensor([[[[0.7311, 0.7311]],
-        <BLANKLINE>
-                 [[0.2689, 0.2689]]]])
+        >>> unary = torch.tensor([0.0, 0.4, 1.0, 0.6]).reshape(1, 2, 1, 2)  # two labels, two pixels
+        >>> crf_mean_field(unary, None, iterations=0, bilateral=None).flatten()
+        tensor([0.7311, 0.5498, 0.2689, 0.4502])
+        >>> crf_mean_field(unary, None, iterations=1, bilateral=None).flatten()
+        tensor([0.0000, 0.0000, 0.0000, 0.0000])
     """
     if unary.ndim != 4 or unary.shape[1] == 0:
         raise ValueError(f"crf_mean_field: expected unary (B, K, H, W) with K > 0, got {tuple(unary.shape)}")

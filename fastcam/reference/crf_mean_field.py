@@ -40,6 +40,10 @@ class Lattice:
         self.weight = weight[:N]
         self.neighbour = _neighbours(keys)
 
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``vertex``, ``weight``, ``neighbour``."""
+        return self.vertex, self.weight, self.neighbour
+
     def filter(self, x: Tensor, reverse: bool = False) -> Tensor:
         """Splat, blur, slice: ``x (V, N)`` -> :math:`(V, N)`. Blurring the axes in ``reverse`` order gives the exact adjoint."""
         axes, M, _ = self.neighbour.shape
