@@ -30,6 +30,7 @@ class Config:
     output_stride: int = 16
     dilate: bool = False
     frozen_stages: int = 2
+    frozen_norm: bool = True  # False for a backbone from random weights
     lr: float = 0.1
     head_lr_factor: float = 10.0
     momentum: float = 0.0
@@ -60,6 +61,7 @@ class CAM(nn.Module):
             dilate=config.dilate,
             weights=weights,
             frozen_stages=config.frozen_stages,
+            frozen_norm=config.frozen_norm,
             head=True,
         )
         self.normalize = self.backbone.normalize

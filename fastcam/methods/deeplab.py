@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcam.errors import FastcamError
 from fastcam.nn import create_backbone
@@ -144,6 +143,7 @@ class DeepLab(nn.Module):
             output_stride=config.output_stride,
             weights=weights,
             frozen_stages=config.frozen_stages,
+            frozen_norm=config.frozen_norm,
         )
         self.normalize = self.backbone.normalize
         out, low = config.head_channels, config.low_level_channels
@@ -157,16 +157,6 @@ class DeepLab(nn.Module):
             )
         self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Conv2d(out, num_classes + 1, 1))
         self.register_buffer("class_weights", torch.tensor(config.class_weights or [1.0] * (num_classes + 1)))
-        self.train()
-
-    def train(self, mode: bool = True) -> DeepLab:
-        """Sets the mode; the backbone's batch norm follows it only where ``frozen_norm`` is off."""
-        super().train(mode)
-        if not self.config.frozen_norm:
-            for module in self.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.train(mode)
-        return self
 
     def coarse_logits(self, images: Tensor) -> Tensor:
         """Logits ``(B, C + 1, h, w)`` of ``(B, 3, H, W)`` at the decoder's resolution."""

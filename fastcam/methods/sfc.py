@@ -39,9 +39,11 @@ class Config:
     output_stride: int = 16
     dilate: bool = False
     frozen_stages: int = 2
+    frozen_norm: bool = True  # False for a backbone from random weights
     side_channels: tuple[int, ...] = (128, 128, 256, 256)
     correlation_channels: int = 2048
     correlation_steps: int = 2
+    center_features: bool = False  # compare features by what differs from their image's mean
     background_scale: float = 0.3  # of the background map where seeds are chosen
     bank_draws: int = 4
     prototype_loss: float = 1.6
@@ -186,6 +188,7 @@ class SFC(nn.Module):
             dilate=config.dilate,
             weights=weights,
             frozen_stages=config.frozen_stages,
+            frozen_norm=config.frozen_norm,
             head=True,
         )
         self.normalize = self.backbone.normalize
@@ -207,14 +210,18 @@ class SFC(nn.Module):
     def hierarchical_features(self, stages: Sequence[Tensor]) -> Tensor:
         """Unit side features of all stages, resized to the third stage's map and concatenated. No gradient to the backbone."""
         size = stages[2].shape[-2:]
-        sides = [unit_features(side(x.detach()).float()) for side, x in zip(self.sides, stages, strict=True)]
+        sides = [side(x.detach()).float() for side, x in zip(self.sides, stages, strict=True)]
+        sides = [unit_features(self._centered(x)) for x in sides]
         return torch.cat([F.interpolate(x, size, mode="bilinear", align_corners=False) for x in sides], dim=1)
 
     def correlation_features(self, images: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
         """What the pixel correlation compares: a projection of the image's colours and the last features, at ``size``."""
         colours = F.interpolate(images, last.shape[-2:], mode="bilinear", align_corners=True)
         projected = self.correlation(torch.cat([colours.to(last.dtype), last], dim=1)).float()
-        return F.interpolate(projected, size, mode="bilinear", align_corners=True)
+        return self._centered(F.interpolate(projected, size, mode="bilinear", align_corners=True))
+
+    def _centered(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=(2, 3), keepdim=True) if self.config.center_features else x
 
     def heads(
         self, images: Tensor, stages: Sequence[Tensor], valid: Tensor, prototypes: bool = True

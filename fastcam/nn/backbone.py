@@ -19,8 +19,9 @@ CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 class Backbone(nn.Module):
     """A timm network that returns the outputs of its last four stages.
 
-    Batch norm always uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in
-    frozen stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise.
+    Batch norm uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in frozen
+    stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise. A network that starts from
+    random weights has no statistics to keep: ``frozen_norm=False`` gives it ordinary batch norm.
 
     Args:
         net: timm network with ``forward_intermediates``.
@@ -28,6 +29,7 @@ class Backbone(nn.Module):
         head: the last output is the network's final feature map, after the 1 x 1 convolution that some networks (MobileNetV2,
             EfficientNet) have behind their last stage.
         normalize: mean and standard deviation of the RGB input the network was trained with.
+        frozen_norm: whether batch norm keeps its running statistics.
 
     Attributes:
         channels: number of channels of each output.
@@ -35,18 +37,25 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, indices: list[int], head: bool, normalize: tuple[tuple[float, ...], ...]
+        self,
+        net: nn.Module,
+        indices: list[int],
+        head: bool,
+        normalize: tuple[tuple[float, ...], ...],
+        frozen_norm: bool = True,
     ) -> None:
         super().__init__()
         self.net = net
         self.indices = indices
         self.head = head
         self.normalize = normalize
-        self.train()
+        self.frozen_norm = frozen_norm
+        self.eval()
         with torch.no_grad():
             outputs = self(torch.zeros(1, 3, PROBE, PROBE))
         self.channels = [x.shape[1] for x in outputs]
         self.strides = [PROBE // x.shape[-1] for x in outputs]
+        self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Stage outputs ``(B, channels[i], ~H / strides[i], ~W / strides[i])`` of images ``(B, 3, H, W)``."""
@@ -56,10 +65,10 @@ class Backbone(nn.Module):
         return [*stages[:-1], last]
 
     def train(self, mode: bool = True) -> Backbone:
-        """Sets the mode of every layer but batch norm, which keeps its running statistics."""
+        """Sets the mode of every layer but frozen batch norm, which keeps its running statistics."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _BatchNorm):
+            if self.frozen_norm and isinstance(module, _BatchNorm):
                 module.eval()
         return self
 
@@ -71,6 +80,7 @@ def create_backbone(
     dilate: bool = True,
     weights: str | Path | None = None,
     frozen_stages: int = 0,
+    frozen_norm: bool = True,
     head: bool = False,
 ) -> Backbone:
     """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
@@ -84,6 +94,7 @@ def create_backbone(
         dilate: whether layers behind a removed stride are dilated.
         weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or ``None`` for random weights.
         frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no gradient.
+        frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
         head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
 
     Raises:
@@ -110,7 +121,8 @@ def create_backbone(
     if weights is not None:
         _load(net, name, Path(weights), unused=full - set(net.state_dict()))
     try:
-        backbone = Backbone(net, indices, head, (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"])))
+        normalize = (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"]))
+        backbone = Backbone(net, indices, head, normalize, frozen_norm)
     except RuntimeError:  # networks that join branches of several strides
         backbone = None
     if backbone is None or max(backbone.strides) > output_stride:
