@@ -114,8 +114,10 @@ def _arguments(command: str, function: Any, summary: str, argv: list[str]) -> di
 def _explain(message: str, command: str, known: list[str]) -> str:
     """The parser's message in one line, with the nearest known key where a key is unknown."""
     line = " ".join(message.split())
-    if unknown := re.search(r"unrecognized arguments: --([\w.-]+)|[oO]ption '([\w.-]+)'", line):
-        key = unknown[1] or unknown[2]
+    if unknown := re.search(
+        r"(?:Group '(.+)' does not accept option|unrecognized arguments:|Option) '?(?:--)?([\w.-]+)", line
+    ):
+        key = ".".join(filter(None, unknown.groups()))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"see fastcam {command} --help"
         return f"{command} has no argument '{key}'; {hint}"
