@@ -104,7 +104,8 @@ def open_data(
     Raises:
         FastcamError: as the data sets of `fastcam.data`; or classes that disagree, or neither root nor images.
     """
-    if (data.root is None) == (data.images is None):
+    root = data.root
+    if (root is None) == (data.images is None):
         raise FastcamError("expected either data.root (VOC's layout) or data.images (a plain folder); give one of them")
     given = None if data.classes is None else load_class_list(data.classes)
     if given and classes and given != tuple(classes):
@@ -118,39 +119,40 @@ def open_data(
         if data.tags is not None and names is None:
             raise FastcamError("data.classes is needed to read tags; give voc, names with commas between, or a file")
         return Images([FolderDataset(data.images, data.tags, classes=names or VOC_CLASSES)], transform)
+    assert root is not None
     if names is None:
-        own = Path(str(data.root), "classes.txt")
+        own = Path(root, "classes.txt")
         names = load_class_list(own) if own.is_file() else VOC_CLASSES
     tags = data.tags or "mask"
     folder = data.masks if masks or tags == "mask" else None
     splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
-    return Images([VOCDataset(data.root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)
+    return Images([VOCDataset(root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)
 
 
-def load_image(dataset: Images, image_id: str, size: tuple[int, int]) -> Tensor:
+def load_image(dataset: Images, image_id: str, size: Sequence[int]) -> Tensor:
     """The image uint8 `(3, H, W)` of an id.
 
     Raises:
         FastcamError: its size is not `size`.
     """
     image = dataset.by_id(image_id)["image"].as_subclass(Tensor)
-    _check_size(f"image of {image_id}", tuple(image.shape[1:]), size)
+    _check_size(f"image of {image_id}", image.shape[1:], size)
     return image
 
 
-def load_mask(dataset: Images, image_id: str, size: tuple[int, int]) -> Tensor:
+def load_mask(dataset: Images, image_id: str, size: Sequence[int]) -> Tensor:
     """The true mask uint8 `(H, W)` of an id.
 
     Raises:
         FastcamError: its size is not `size`.
     """
     mask = dataset.by_id(image_id)["mask"].as_subclass(Tensor)
-    _check_size(f"mask of {image_id}", tuple(mask.shape), size)
+    _check_size(f"mask of {image_id}", mask.shape, size)
     return mask
 
 
-def _check_size(what: str, came: tuple[int, ...], size: tuple[int, int]) -> None:
-    if came != tuple(size):
+def _check_size(what: str, came: Sequence[int], size: Sequence[int]) -> None:
+    if tuple(came) != tuple(size):
         made = f"its prediction is {size[1]} x {size[0]}"
         raise FastcamError(f"{what} is {came[1]} x {came[0]} pixels, but {made}; make the prediction from this image")
 

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -113,7 +113,7 @@ class StepModule(LightningModule):
         total: number of training steps.
     """
 
-    def __init__(self, method: nn.Module, config: TrainerConfig, total: int) -> None:
+    def __init__(self, method: Any, config: TrainerConfig, total: int) -> None:
         super().__init__()
         self.method = method
         self.settings = config
@@ -121,6 +121,7 @@ class StepModule(LightningModule):
         self.step = 0
         self.pairs = method.optimizers(total)
         self.automatic_optimization = len(self.pairs) == 1
+        self.first_bad: Tensor
         self.scalars: dict[str, Tensor] = {}
         self.rates: dict[str, float] = {}
         self.register_buffer("first_bad", torch.tensor(total), persistent=False)
@@ -154,8 +155,9 @@ class StepModule(LightningModule):
         for optimizer, _ in self.pairs:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        schedulers = self.lr_schedulers() or []
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers() or []
+        for optimizer in optimizers:
             if self.grad_clip is not None:
                 self.clip_gradients(optimizer, gradient_clip_val=self.grad_clip, gradient_clip_algorithm="norm")
             optimizer.step()
@@ -184,31 +186,36 @@ class StepModule(LightningModule):
             if scheduler is not None:
                 scheduler.load_state_dict(schedule)
         if checkpoint["scaler"] is not None:
-            trainer.precision_plugin.scaler.load_state_dict(checkpoint["scaler"])
+            scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+            scaler.load_state_dict(checkpoint["scaler"])
 
 
 class Journal(Callback):
     """Progress bar, `metrics.csv`, TensorBoard, checkpoints, and the end of a run whose loss is not finite.
 
     Args:
+        module: what is trained.
         out: folder of the run.
         per_epoch: steps an epoch.
     """
 
-    def __init__(self, out: Path, per_epoch: int) -> None:
+    def __init__(self, module: StepModule, out: Path, per_epoch: int) -> None:
+        self.module = module
         self.out = out
         self.per_epoch = per_epoch
 
-    def on_train_start(self, trainer: Trainer, module: StepModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar at the first step of this process and cuts lines that a killed run wrote beyond it."""
+        module = self.module
         self.saved, self.saved_at = module.step, time.perf_counter()
         if trainer.is_global_zero:
             bar = {"desc": module.method.name, "unit": "step", "initial": module.step, "total": module.total}
             self.bar = tqdm(**bar, disable=None)
             self.rows = [row for row in _read_rows(self.out / METRICS) if int(row["step"]) <= module.step]
 
-    def on_train_batch_end(self, trainer: Trainer, module: StepModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Counts the step; writes what is due."""
+        module = self.module
         module.step += 1
         config, step = module.settings, module.step
         save_due = step % self.per_epoch == 0 or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
@@ -226,11 +233,12 @@ class Journal(Callback):
             return
         self.bar.update()
         if log_due:
-            self._log(trainer, module)
+            self._log(trainer)
         if save_due:
-            self._save(module)
+            self._save()
 
-    def _log(self, trainer: Trainer, module: StepModule) -> None:
+    def _log(self, trainer: Trainer) -> None:
+        module = self.module
         scalars = {name: float(value) for name, value in module.scalars.items()}
         epoch = round(module.step / self.per_epoch, 4)
         self.bar.set_postfix(epoch=f"{epoch:.1f}", loss=f"{scalars['loss']:.4g}")
@@ -242,7 +250,8 @@ class Journal(Callback):
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def _save(self, module: StepModule) -> None:
+    def _save(self) -> None:
+        module = self.module
         data = io.BytesIO()  # torch.save to a file hides why the system refuses to write
         torch.save(module.checkpoint(), data)
         with atomic_write(self.out / CHECKPOINT) as temporary:
@@ -251,14 +260,14 @@ class Journal(Callback):
         add_time(self.out, module.step - self.saved, now - self.saved_at)
         self.saved, self.saved_at = module.step, now
 
-    def teardown(self, trainer: Trainer, module: StepModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the bar, also after an error."""
         if hasattr(self, "bar"):
             self.bar.close()
 
 
 def fit(
-    method: nn.Module,
+    method: Any,
     dataset: Dataset[Any],
     classes: tuple[str, ...],
     config: TrainerConfig,
@@ -303,7 +312,7 @@ def fit(
         warnings.simplefilter("ignore")  # Lightning's advice about workers, log intervals and modules in eval mode
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        trainer = _trainer(module, config, Journal(out, batches.per_epoch), out)
+        trainer = _trainer(module, config, Journal(module, out, batches.per_epoch), out)
         open_pass(out, record)
         if (out / CHECKPOINT).is_file():
             module.restore(_load_checkpoint(out / CHECKPOINT), trainer)

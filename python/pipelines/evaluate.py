@@ -19,7 +19,7 @@ from fastcam.pipelines._data import Data, folder_classes, load_mask, open_data
 from fastcam.pipelines._parallel import ordered_map
 from fastcam.pipelines.label import to_labels
 
-ABSENT = ("skip", "zero", "gt_only")
+ABSENT: tuple[Literal["skip", "zero", "gt_only"], ...] = ("skip", "zero", "gt_only")
 THRESHOLDS = [round(0.01 * step, 2) for step in range(100)]
 
 
@@ -119,7 +119,7 @@ def _score_labels(
 
     def read(image_id: str) -> tuple[str, Tensor, Tensor]:
         pred = read_label_png(folder / f"{image_id}.png")
-        return image_id, pred, load_mask(dataset, image_id, tuple(pred.shape))
+        return image_id, pred, load_mask(dataset, image_id, pred.shape)
 
     for image_id, pred, mask in ordered_map(read, dataset.ids, workers):
         beyond = pred[(pred >= labels) & (pred != 255)]
@@ -143,7 +143,7 @@ def _score_cams(
     workers: int,
 ) -> tuple[Tensor, dict[str, Any]]:
     metric = ConfusionMatrix(labels, predicted_ignore=ignored)
-    thresholds = sorted({*THRESHOLDS, threshold} - {None})
+    thresholds = sorted({*THRESHOLDS, *([] if threshold is None else [threshold])})
     sweep = torch.zeros(len(thresholds), labels, labels, dtype=torch.int64)
     with_background = 0
 

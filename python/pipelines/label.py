@@ -127,7 +127,7 @@ def label(
     rule.check()
     if crf is not None and data is None:
         raise FastcamError("crf needs the images; give data.root and data.split, or data.images")
-    record = {"pass": "label", "crf": crf and dataclasses.asdict(crf.resolved()), **dataclasses.asdict(rule)}
+    record = {"pass": "label", "crf": crf and crf.resolved(), **dataclasses.asdict(rule)}
     dataset = open_data(data, folder_classes(cams)) if data else None
     ids = dataset.ids if dataset else sorted(finished_ids(cams, ".npz"))
     open_pass(out, {**record, **input_record(cams, "make-cam or refine")})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def pick_device(name: str) -> torch.device:
 
 @torch.inference_mode()
 def image_cams(
-    method: Any, views: list[Tensor], size: tuple[int, int], tags: Tensor | None, stride: int, tag_threshold: float
+    method: Any, views: list[Tensor], size: Sequence[int], tags: Tensor | None, stride: int, tag_threshold: float
 ) -> CamSet:
     """CAMs of one image from its views.
 
@@ -61,7 +61,7 @@ def image_cams(
     keys = tags.nonzero().flatten().cpu()
     maps = fused.maps[0].float().cpu()[keys]
     background = None if fused.background is None else fused.background[0].float().cpu()
-    return CamSet(keys, maps, background, size)
+    return CamSet(keys, maps, background, (size[0], size[1]))
 
 
 def make_cam(
@@ -103,12 +103,12 @@ def make_cam(
     open_pass(out, {**record, "tags": "given" if tagged else "predicted", "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
-    def read(image_id: str) -> tuple[str, list[Tensor], tuple[int, int], Tensor | None]:
+    def read(image_id: str) -> tuple[str, list[Tensor], Sequence[int], Tensor | None]:
         item = dataset.by_id(image_id)
         image = item["image"].as_subclass(Tensor)
-        return image_id, views_of(image), tuple(image.shape[1:]), item.get("tags")
+        return image_id, views_of(image), image.shape[1:], item.get("tags")
 
-    def compute(job: tuple[str, list[Tensor], tuple[int, int], Tensor | None]) -> tuple[str, CamSet]:
+    def compute(job: tuple[str, list[Tensor], Sequence[int], Tensor | None]) -> tuple[str, CamSet]:
         return job[0], image_cams(network, *job[1:], stride=stride, tag_threshold=tag_threshold)
 
     def write(done: tuple[str, CamSet]) -> None:

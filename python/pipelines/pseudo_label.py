@@ -67,9 +67,9 @@ def pseudo_label(
         "scales": scales,
         **dataclasses.asdict(rule),
     }
-    record["crf"] = crf and dataclasses.asdict(crf.resolved())
+    record["crf"] = crf and crf.resolved()
     network, classes = load_trained(weights, "cam")
-    dataset = open_data(Data(images=str(images), tags=labels and str(labels.absolute())), classes)
+    dataset = open_data(Data(images=str(images), tags=None if labels is None else str(labels.absolute())), classes)
     if labels is None:
         need_tag_logits(network)
         record["tag_threshold"] = tag_threshold
@@ -84,8 +84,7 @@ def pseudo_label(
 
     def compute(job: tuple[str, Tensor, list[Tensor], Tensor | None]) -> tuple[str, Tensor, CamSet]:
         image_id, image, views, tags = job
-        size = tuple(image.shape[1:])
-        return image_id, image, image_cams(network, views, size, tags, stride=1, tag_threshold=tag_threshold)
+        return image_id, image, image_cams(network, views, image.shape[1:], tags, stride=1, tag_threshold=tag_threshold)
 
     def write(done: tuple[str, Tensor, CamSet]) -> None:
         image_id, image, cams = done

@@ -52,20 +52,20 @@ class Crf:
     unary: Literal["softmax", "label"] | None = None
     gt_prob: float = 0.7
 
-    def resolved(self) -> Crf:
-        """The same with every value filled in.
+    def resolved(self) -> dict[str, Any]:
+        """All values by name, with the preset's where none is given.
 
         Raises:
             FastcamError: a value out of range.
         """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        crf = Crf(**{**PRESETS[self.preset], **given})
+        values = {**PRESETS[self.preset], **given}
         for name in ("gaussian_sxy", "gaussian_compat", "sxy", "srgb", "compat", "iterations"):
-            if not getattr(crf, name) > 0:
-                raise FastcamError(f"crf.{name} is {getattr(crf, name)}, expected a number above 0")
-        if not 0 < crf.gt_prob < 1:
-            raise FastcamError(f"crf.gt_prob is {crf.gt_prob}, expected a number between 0 and 1")
-        return crf
+            if not values[name] > 0:
+                raise FastcamError(f"crf.{name} is {values[name]}, expected a number above 0")
+        if not 0 < values["gt_prob"] < 1:
+            raise FastcamError(f"crf.gt_prob is {values['gt_prob']}, expected a number between 0 and 1")
+        return values
 
 
 def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
@@ -81,17 +81,17 @@ def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
     """
     if len(scores) == 1:
         return torch.ones_like(scores)
-    crf = crf.resolved()
-    if crf.unary == "label":
-        unary = unary_from_labels(scores.argmax(0)[None], len(scores), crf.gt_prob, zero_unsure=False)
+    values = crf.resolved()
+    if values["unary"] == "label":
+        unary = unary_from_labels(scores.argmax(0)[None], len(scores), values["gt_prob"], zero_unsure=False)
     else:
         unary = unary_from_softmax(scores[None])
     return crf_mean_field(
         unary,
         image[None],
-        iterations=crf.iterations,
-        gaussian=(crf.gaussian_sxy, crf.gaussian_compat),
-        bilateral=(crf.sxy, crf.srgb, crf.compat),
+        iterations=values["iterations"],
+        gaussian=(values["gaussian_sxy"], values["gaussian_compat"]),
+        bilateral=(values["sxy"], values["srgb"], values["compat"]),
     )[0]
 
 
@@ -136,7 +136,7 @@ def refine(
         workers: images that are worked on at the same time.
     """
     dataset = open_data(data, folder_classes(cams))
-    record = {"pass": "refine", "how": how, "crf": dataclasses.asdict(crf.resolved())}
+    record: dict[str, Any] = {"pass": "refine", "how": how, "crf": crf.resolved()}
     record |= {"background": background, "power": power, **input_record(cams, "make-cam")}
     open_pass(out, record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Labelled(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 @torch.inference_mode()
-def image_probabilities(network: Any, views: list[Tensor], size: tuple[int, int], flip: bool) -> Tensor:
+def image_probabilities(network: Any, views: list[Tensor], size: Sequence[int], flip: bool) -> Tensor:
     """Probabilities of the labels `(C + 1, H, W)`: the mean over the views and their mirror images, on the CPU.
 
     Args:
@@ -82,7 +82,7 @@ def image_probabilities(network: Any, views: list[Tensor], size: tuple[int, int]
     for view in views:
         batch = view[None].to(device, non_blocking=True)
         logits = network.logits(torch.cat([batch, batch.flip(-1)]) if flip else batch).float()
-        p = F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
+        p = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False).softmax(1)
         p = p[0] + p[1].flip(-1) if flip else p[0]
         total = p if total is None else total + p
     assert total is not None
@@ -105,7 +105,7 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
     from fastcam.pipelines._fit import fit, seeded_init
 
     with seeded_init(trainer.seed):
-        network = create_method(num_classes=len(images.classes), **method)
+        network: Any = create_method(num_classes=len(images.classes), **method)
     if network.kind != "segmenter":
         raise FastcamError(f"method {network.name} is a {network.kind}, expected a segmenter such as deeplab")
     mean, std = network.normalize
@@ -127,7 +127,7 @@ def predict_masks(
     if not scales or min(scales) <= 0:
         raise FastcamError(f"scales are {scales}, expected positive numbers")
     record = {"pass": "predict", "weights": file_fingerprint(weights), "scales": scales, "flip": flip}
-    record["crf"] = crf and dataclasses.asdict(crf.resolved())
+    record["crf"] = crf and crf.resolved()
     network, classes = load_trained(weights, "segmenter")
     dataset = open_data(data, classes)
     network.to(pick_device(device))
@@ -139,7 +139,7 @@ def predict_masks(
         return image_id, image, views_of(image)
 
     def compute(job: tuple[str, Tensor, list[Tensor]]) -> tuple[str, Tensor, Tensor]:
-        return job[0], job[1], image_probabilities(network, job[2], tuple(job[1].shape[1:]), flip)
+        return job[0], job[1], image_probabilities(network, job[2], job[1].shape[1:], flip)
 
     def write(done: tuple[str, Tensor, Tensor]) -> None:
         image_id, image, p = done

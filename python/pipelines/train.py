@@ -42,7 +42,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path)
     from fastcam.pipelines._fit import fit, seeded_init
 
     with seeded_init(trainer.seed):
-        network = create_method(num_classes=len(dataset.classes), **method)
+        network: Any = create_method(num_classes=len(dataset.classes), **method)
     if network.kind != "cam":
         raise FastcamError(
             f"method {network.name} is a {network.kind}, which does not learn from tags; use fastcam segment"

@@ -164,9 +164,9 @@ class TestRefine:
         }
         for name, values in published.items():
             crf = Crf(preset=name).resolved()
-            found = (crf.iterations, crf.gaussian_sxy, crf.gaussian_compat, crf.sxy, crf.srgb, crf.compat, crf.unary)
-            assert found == values
-        assert Crf(preset="irn", srgb=7).resolved().srgb == 7
+            names = ("iterations", "gaussian_sxy", "gaussian_compat", "sxy", "srgb", "compat", "unary")
+            assert tuple(crf[name] for name in names) == values
+        assert Crf(preset="irn", srgb=7).resolved()["srgb"] == 7
 
     @pytest.mark.parametrize(("field", "value"), [("srgb", 0), ("iterations", 0), ("gt_prob", 1.0)])
     def test_value_out_of_range_is_named(self, field, value):
