@@ -34,8 +34,8 @@ def create_method(
         name: one of :func:`list_methods`.
         num_classes: number of foreground classes.
         backbone: timm name; ``None`` takes the paper's.
-        weights: local file with the backbone's pre-trained weights. It belongs to the start of training, not to the configuration:
-            a trained method holds the backbone's weights itself.
+        weights: local file with the backbone's pre-trained weights. It belongs to the start of training, not to the
+            configuration: a trained method holds the backbone's weights itself.
         config: fields of the method's ``Config``; what is not named keeps the paper's value.
 
     Raises:
@@ -80,7 +80,7 @@ def load_method(path: str | Path) -> nn.Module:
     )
     if wrong:
         raise FastcamError(
-            f"weights '{path}': do not fit method '{saved['method']}' ({wrong[0]} and {len(wrong) - 1} more); train again"
+            f"weights '{path}': do not fit method '{saved['method']}' ({wrong[0]} and {len(wrong) - 1} more)"
         )
     method.load_state_dict(state, strict=False)
     return method.eval()

@@ -1,11 +1,11 @@
 """Class activation maps of a plain multi-label classifier: the baseline of every other method.
 
-B. Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, in the form that weakly supervised segmentation
-uses since IRN (J. Ahn, S. Cho, S. Kwak, CVPR 2019; code github.com/jiwoon-ahn/irn, MIT): a 1 x 1 convolution without bias on the last
-features, its spatial mean as the logit of a class, its ReLU as the map.
+B. Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, in the form that weakly supervised
+segmentation uses since IRN (J. Ahn, S. Cho, S. Kwak, CVPR 2019; code github.com/jiwoon-ahn/irn, MIT): a 1 x 1
+convolution without bias on the last features, its spatial mean as the logit of a class, its ReLU as the map.
 
-Deviations from the authors' code: none in the network. Their optimiser passes the weight decay in the place of the momentum, so that
-they trained without momentum; the default here does the same, openly.
+Deviations from the authors' code: none in the network. Their optimiser passes the weight decay in the place of the
+momentum, so that they trained without momentum; the default here does the same, openly.
 """
 
 from __future__ import annotations

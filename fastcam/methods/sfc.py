@@ -1,15 +1,16 @@
 """SFC: shared feature calibration.
 
-X. Zhao, F. Tang, X. Wang, J. Xiao, "SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation", AAAI 2024
-(arXiv 2401.11719). Authors' code: github.com/Barrett-python/SFC (MIT).
+X. Zhao, F. Tang, X. Wang, J. Xiao, "SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation", AAAI
+2024 (arXiv 2401.11719). Authors' code: github.com/Barrett-python/SFC (MIT).
 
-Tags are long-tailed and classes share features, so that a classifier's weights over-activate frequent classes and under-activate rare
-ones. SFC draws rare images more often (:class:`fastcam.nn.ImageBank`), computes a second family of maps from per-image class prototypes,
-which carry shared features positively, and pulls the classifier's maps towards them and towards those of a half-size copy, with weights
-that grow for frequent and rare classes (:func:`distribution_coefficient`). Both families are added at inference.
+Tags are long-tailed and classes share features, so that a classifier's weights over-activate frequent classes and
+under-activate rare ones. SFC draws rare images more often (:class:`fastcam.nn.ImageBank`), computes a second family of
+maps from per-image class prototypes, which carry shared features positively, and pulls the classifier's maps towards
+them and towards those of a half-size copy, with weights that grow for frequent and rare classes
+(:func:`distribution_coefficient`). Both families are added at inference.
 
-Deviations from the authors' code, each undone by ``strict_official=True``: unfilled bank slots are never drawn. All others are documented
-in ``docs/methods/sfc.md``.
+Deviations from the authors' code: unfilled bank slots are not drawn (``strict_official=True`` draws them); the others
+change no result and stand in ``docs/methods/sfc.md``. ``center_features`` is an addition, off by default.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ class Config:
     bank_draws: int = 4
     prototype_loss: float = 1.6
     weight_loss: float = 0.8
-    extra_images: float | None = (
-        None  # R of the distribution coefficient; None scales the authors' 396 with the mean count
-    )
+    extra_images: float | None = None  # R; None scales the authors' 396 with the mean number of images a tag
     family: str = "both"
     proto_weight: float = 0.7  # the authors use 0.7 for seeds, 0.3 for propagation
     background_bias: float = 0.4
@@ -70,11 +69,12 @@ def distribution_coefficient(counts: Tensor, extra: float | None = None) -> Tens
 
     Args:
         counts: number of training images with each tag, ``(C,)``.
-        extra: R, how often the image bank adds an image of a class in an epoch or so. ``None`` takes 0.4812 of the mean count, which is
-            the authors' 396 for the 20 counts of VOC 2012.
+        extra: R, how often the image bank adds an image of a class in an epoch or so. ``None`` takes 0.4812 of the mean
+            count, which is the authors' 396 for the 20 counts of VOC 2012.
 
     Returns:
-        float32 ``(C,)``. Equal counts give 1 everywhere. With ``extra`` 0, a class without images gets 0 and the mean is over the others.
+        float32 ``(C,)``. Equal counts give 1 everywhere. With ``extra`` 0, a class without images gets 0 and the mean
+        is over the others.
 
     Example:
         >>> distribution_coefficient(torch.tensor([1, 2, 6]), extra=0)
@@ -121,16 +121,17 @@ def prototype_seeds(maps: Tensor, valid: Tensor, background_scale: float = 0.3) 
 
 
 def class_prototypes(features: Tensor, seeds: Tensor) -> Tensor:
-    """Sum of the features ``(B, D, h, w)`` over each class's seeds ``(B, K, h, w)`` divided by the map's area: ``(B, K, D)``.
+    """Features ``(B, D, h, w)`` summed over each class's seeds ``(B, K, h, w)``, by the map's area: ``(B, K, D)``.
 
-    The area, not the number of seeds, as the authors do: the cosine does not see the scale, and a class without seeds gives 0.
+    The area, not the number of seeds, as the authors do: the cosine does not see the scale, and a class without seeds
+    gives 0.
     """
     area = features.shape[2] * features.shape[3]
     return torch.einsum("bkhw,bdhw->bkd", seeds.to(features.dtype), features) / area
 
 
 def prototype_cams(features: Tensor, maps: Tensor, valid: Tensor, background_scale: float = 0.3) -> Tensor:
-    """ReLU of the cosine of every pixel's features with the prototypes of its image: ``(B, C + 1, h, w)``, gradient to ``features``."""
+    """ReLU of every pixel's cosine with its image's prototypes, ``(B, C + 1, h, w)``; gradient to ``features``."""
     prototypes = class_prototypes(features, prototype_seeds(maps, valid, background_scale))
     return prototype_similarity(features, prototypes, activation="relu", eps=1e-8)
 
@@ -173,6 +174,7 @@ class SFC(nn.Module):
 
     name = "sfc"
     kind = "cam"
+    class_weight: Tensor
 
     def __init__(self, num_classes: int, config: Config = Config(), *, weights: str | Path | None = None) -> None:
         super().__init__()
@@ -208,14 +210,14 @@ class SFC(nn.Module):
         self.class_weight.copy_(distribution_coefficient(counts, self.config.extra_images))
 
     def hierarchical_features(self, stages: Sequence[Tensor]) -> Tensor:
-        """Unit side features of all stages, resized to the third stage's map and concatenated. No gradient to the backbone."""
+        """Unit side features of all stages, concatenated at the third stage's size. No gradient to the backbone."""
         size = stages[2].shape[-2:]
         sides = [side(x.detach()).float() for side, x in zip(self.sides, stages, strict=True)]
         sides = [unit_features(self._centered(x)) for x in sides]
         return torch.cat([F.interpolate(x, size, mode="bilinear", align_corners=False) for x in sides], dim=1)
 
     def correlation_features(self, images: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
-        """What the pixel correlation compares: a projection of the image's colours and the last features, at ``size``."""
+        """What the pixel correlation compares: projected colours and last features, at ``size``."""
         colours = F.interpolate(images, last.shape[-2:], mode="bilinear", align_corners=True)
         projected = self.correlation(torch.cat([colours.to(last.dtype), last], dim=1)).float()
         return self._centered(F.interpolate(projected, size, mode="bilinear", align_corners=True))
@@ -235,8 +237,8 @@ class SFC(nn.Module):
             prototypes: whether M_P is wanted.
 
         Returns:
-            Score ``(B, C)``, and ``(B, C + 1, h, w)`` each: classifier-weight maps M_W, prototype maps M_P (or ``None``), and the
-            maps before the pixel correlation.
+            Score ``(B, C)``, and ``(B, C + 1, h, w)`` each: classifier-weight maps M_W, prototype maps M_P (or
+            ``None``), and the maps before the pixel correlation.
         """
         size = valid.shape[-2:]
         logits = self.classifier(stages[3]).float()
@@ -265,7 +267,8 @@ class SFC(nn.Module):
         """The MSDW loss: L_cls + L_P + L_W.
 
         Args:
-            batch: ``"image"`` ``(B, 3, S, S)``, ``"tags"`` ``(B, C)``, and bool ``"valid"`` ``(B, S, S)`` where crops are padded.
+            batch: ``"image"`` ``(B, 3, S, S)``, ``"tags"`` ``(B, C)``, and bool ``"valid"`` ``(B, S, S)`` where crops
+                are padded.
 
         Returns:
             ``"loss"`` and its three parts.
@@ -286,7 +289,8 @@ class SFC(nn.Module):
     def view_cams(self, view: Tensor, tags: Tensor | None = None, mirror: bool = True) -> tuple[Tensor, Tensor]:
         """M_W and M_P of one view, ``(B, C + 1, h, w)`` each, from the sum of its features and its mirror image's.
 
-        As the authors do, classes without a tag take part in the pixel correlation and in the choice of seeds; only their seeds are dropped.
+        As the authors do, classes without a tag take part in the pixel correlation and in the choice of seeds; only
+        their seeds are dropped.
         """
         batch = len(view)
 
@@ -305,7 +309,7 @@ class SFC(nn.Module):
         return weight_cams, self._prototype_cams(merge(self.hierarchical_features(stages)), weight_cams, valid)
 
     def cams(self, images: Tensor, tags: Tensor | None = None) -> Tensor:
-        """Maps ``(B, C, h, w)`` of one view, of the configured family, not normalised over views; classes without a tag are 0."""
+        """Maps ``(B, C, h, w)`` of one view, of the configured family; classes without a tag are 0."""
         weight_cams, proto_cams = self.view_cams(images, tags, mirror=False)
         w_cam, w_proto = self._family_weights()
         maps = w_cam * weight_cams[:, 1:] + w_proto * proto_cams[:, 1:]
@@ -314,8 +318,9 @@ class SFC(nn.Module):
     def fused_cams(self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None) -> FusedCams:
         """Maps and background of several scales, each with its mirror image.
 
-        The authors decide for the background where ``b + 0.4 >= 2 max_k m_k`` (each family: b, m summed over scales and divided by
-        their maximum; both: M_W + proto_weight M_P). The returned background is scaled so that comparing it with the maps is that rule.
+        The authors decide for the background where ``b + 0.4 >= 2 max_k m_k`` (b, m: summed over scales, divided by
+        their maximum; both: M_W + proto_weight M_P). The returned background is scaled so that comparing it with the
+        maps is that rule.
         """
         if not views:
             raise ValueError("sfc.fused_cams: expected at least one view, got none")
@@ -334,8 +339,9 @@ class SFC(nn.Module):
         return 1 - w[self.config.family], w[self.config.family]
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
-        """SGD with a poly schedule; the heads learn ``head_lr_factor`` times faster. Clip the gradient at ``config.grad_clip``."""
-        return [sgd_poly(self.backbone, [self.sides, self.classifier, self.correlation], self.config, total_steps)]
+        """SGD with a poly schedule, heads ``head_lr_factor`` times faster; clip the gradient at ``grad_clip``."""
+        heads = [self.sides, self.classifier, self.correlation]
+        return [sgd_poly(self.backbone, heads, self.config, total_steps)]
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """The state without the image bank, which only training needs."""

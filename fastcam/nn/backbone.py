@@ -1,4 +1,4 @@
-"""Classification networks as feature extractors: timm's layers, local weights, a chosen output stride, frozen stages."""
+"""Classification networks as feature extractors: timm's layers, local weights, a chosen stride, frozen stages."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 class Backbone(nn.Module):
     """A timm network that returns the outputs of its last four stages.
 
-    Batch norm uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in frozen
-    stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise. A network that starts from
-    random weights has no statistics to keep: ``frozen_norm=False`` gives it ordinary batch norm.
+    Batch norm uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in
+    frozen stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise. A network
+    that starts from random weights has no statistics to keep: ``frozen_norm=False`` gives it ordinary batch norm.
 
     Args:
         net: timm network with ``forward_intermediates``.
         indices: which of its intermediates are the stages.
-        head: the last output is the network's final feature map, after the 1 x 1 convolution that some networks (MobileNetV2,
-            EfficientNet) have behind their last stage.
+        head: the last output is the network's final feature map, after the 1 x 1 convolution that some networks
+            (MobileNetV2, EfficientNet) have behind their last stage.
         normalize: mean and standard deviation of the RGB input the network was trained with.
         frozen_norm: whether batch norm keeps its running statistics.
 
@@ -85,20 +85,23 @@ def create_backbone(
 ) -> Backbone:
     """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
 
-    Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are dilated to
-    keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
+    Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are
+    dilated to keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
 
     Args:
         name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``.
         output_stride: largest stride of the outputs: 8, 16 or 32.
         dilate: whether layers behind a removed stride are dilated.
-        weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or ``None`` for random weights.
-        frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no gradient.
+        weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or ``None`` for random
+            weights.
+        frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no
+            gradient.
         frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
         head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
 
     Raises:
-        FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that do not fit.
+        FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that
+        do not fit.
     """
     import timm
 

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 
 class ImageBank(nn.Module):
-    """Keeps the last image of every class and draws from the classes uniformly, so that rare classes are seen more often.
+    """Keeps the last image of every class and draws classes uniformly, so that rare ones are seen more often.
 
-    SFC, section "image bank re-sampling". The authors' code starts with all-zero slots and draws them too: untagged black images,
-    trained as negatives. Here only filled slots are drawn unless ``draw_empty``.
+    SFC, section "image bank re-sampling". The authors' code starts with all-zero slots and draws them too: untagged
+    black images, trained as negatives. Here only filled slots are drawn unless ``draw_empty``.
 
-    The slots take part in checkpoints, for exact resuming, through the module's extra state. They are no buffers: distributed
-    training would overwrite every process's bank with that of the first. All chance comes from torch's global CPU generator.
+    The slots take part in checkpoints, for exact resuming, through the module's extra state. They are no buffers:
+    distributed training would overwrite every process's bank with that of the first. All chance comes from torch's
+    global CPU generator.
 
     Args:
         num_classes: number of slots.
@@ -57,14 +58,12 @@ class ImageBank(nn.Module):
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The filled slots as plain tensors."""
-        names = ("images", "valid", "tags")
-        state = {name: torch.stack(column).cpu() for name, column in zip(names, zip(*self.slots.values(), strict=True))}
-        return {"classes": torch.tensor(list(self.slots), dtype=torch.int64), **state}
+        if not self.slots:
+            return {"classes": torch.zeros(0, dtype=torch.int64)}
+        images, valid, tags = (torch.stack(column).cpu() for column in zip(*self.slots.values(), strict=True))
+        return {"classes": torch.tensor(list(self.slots)), "images": images, "valid": valid, "tags": tags}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Fills the slots again."""
-        if len(state["classes"]):
-            columns = zip(state["images"], state["valid"], state["tags"], strict=True)
-            self.slots = dict(zip(state["classes"].tolist(), columns, strict=True))
-        else:
-            self.slots = {}
+        classes = state["classes"].tolist()
+        self.slots = {k: tuple(state[name][i] for name in ("images", "valid", "tags")) for i, k in enumerate(classes)}

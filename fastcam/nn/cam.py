@@ -14,8 +14,9 @@ from fastcam.ops.cam_fuse import cam_fuse
 class FusedCams(NamedTuple):
     """The maps of a batch of images at full size.
 
-    ``maps`` ``(B, C, H, W)``: one map a class in [0, 1], 0 for absent classes. ``background`` ``(B, H, W)``, or ``None`` where the
-    method leaves the background to a threshold; a pixel is background where ``background`` is at least the largest map.
+    ``maps`` ``(B, C, H, W)``: one map a class in [0, 1], 0 for absent classes. ``background`` ``(B, H, W)``, or
+    ``None`` where the method leaves the background to a threshold; a pixel is background where ``background`` is at
+    least the largest map.
     """
 
     maps: Tensor
@@ -46,8 +47,8 @@ def fuse_views(
 ) -> FusedCams:
     """Maps of every view and of its mirror image, fused at the size of the image.
 
-    The defaults are IRN's ``make_cam`` with ``multiple=16``: its maps are resized to the image's size rounded up to a multiple of the
-    output stride, because a map covers whole cells, then cut to the image.
+    The defaults are IRN's ``make_cam`` with ``multiple=16``: its maps are resized to the image's size rounded up to a
+    multiple of the output stride, because a map covers whole cells, then cut to the image.
 
     Args:
         cams: ``(images (B, 3, h, w), tags) -> (B, C, h', w')``, the maps of one view.

@@ -15,10 +15,11 @@ def pixel_correlation(maps: Tensor, features: Tensor, steps: int = 1, *, eps: fl
     .. math:: g = \frac{f}{\|f\|_2 + \epsilon},\quad R = \mathrm{ReLU}(g^\top g),\quad
               A_{ij} = \frac{R_{ij}}{\sum_i R_{ij} + \epsilon},\quad M' = M A \cdots A
 
-    (SEAM, Wang et al., CVPR 2020, eq. 5, with one step; SFC uses two.) Every result is a weighted mean of the input, so constants stay.
+    (SEAM, Wang et al., CVPR 2020, eq. 5, with one step; SFC uses two.) Every result is a weighted mean of the input, so
+    constants stay.
 
-    Cost: ``2 B N^2 (D + C steps)`` operations. With gradients the ``(B, N, N)`` affinity is kept; without, it is made in blocks of
-    columns of at most 64 MiB and again at every step.
+    Cost: ``2 B N^2 (D + C steps)`` operations. With gradients the ``(B, N, N)`` affinity is kept; without, it is made
+    in blocks of columns of at most 64 MiB and again at every step.
 
     Args:
         maps: ``(B, C, H, W)``.
@@ -36,7 +37,8 @@ def pixel_correlation(maps: Tensor, features: Tensor, steps: int = 1, *, eps: fl
         or maps.shape[2:] != features.shape[2:]
     ):
         raise ValueError(
-            f"pixel_correlation: expected maps (B, C, H, W), features (B, D, H, W), got {tuple(maps.shape)}, {tuple(features.shape)}"
+            "pixel_correlation: expected maps (B, C, H, W), features (B, D, H, W), "
+            f"got {tuple(maps.shape)}, {tuple(features.shape)}"
         )
     g = features.flatten(2)
     g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + eps)

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 
-class SGDConfig(Protocol):
-    """What :func:`sgd_poly` reads of a method's configuration."""
-
+class _SGDConfig(Protocol):  # properties, because the methods' configurations are frozen
     @property
     def lr(self) -> float: ...
     @property
@@ -25,11 +23,12 @@ class SGDConfig(Protocol):
 
 
 def sgd_poly(
-    backbone: nn.Module, heads: Sequence[nn.Module], config: SGDConfig, total_steps: int
+    backbone: nn.Module, heads: Sequence[nn.Module], config: _SGDConfig, total_steps: int
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
-    """SGD whose learning rate falls as ``(1 - step / total_steps) ** poly_power``, heads ``head_lr_factor`` times the backbone's.
+    """SGD whose learning rate falls as ``(1 - step / total_steps) ** config.poly_power``.
 
-    The scheduler steps once a training step. Frozen parameters are left out.
+    The heads learn ``config.head_lr_factor`` times faster than the backbone; frozen parameters are left out. The
+    scheduler steps once a training step.
     """
     groups = [
         {"params": [p for p in backbone.parameters() if p.requires_grad], "lr": config.lr},

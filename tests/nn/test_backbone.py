@@ -88,7 +88,7 @@ def test_torchvision_mobilenet_file_gives_torchvisions_features(shared_data):
     with torch.no_grad():
         features = create_backbone("mobilenetv2_100", output_stride=32, weights=path, head=True)(images)[-1]
         torch.testing.assert_close(reference.classifier(features.mean(dim=(2, 3))), reference(images))
-        # The weights' description: stride 1 in the depthwise convolution of features.14, dilation 2 in those of 15 to 17.
+        # As the weights' description has it: stride 1 in features.14, dilation 2 in 15 to 17.
         reference.features[14].conv[1][0].stride = (1, 1)
         for i in (15, 16, 17):
             conv = reference.features[i].conv[1][0]
