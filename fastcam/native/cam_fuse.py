@@ -1,4 +1,4 @@
-"""Launchers of ``csrc/cpu/cam_fuse.cpp``. 16-bit views are converted to float32 first."""
+"""Launchers of ``csrc/cpu/cam_fuse.cpp``, which takes 16-bit views as float32, and of ``csrc/cuda/cam_fuse.cu``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastcam import _C
 
 REDUCE = ("sum", "mean", "max")  # as csrc/cam_fuse.h numbers them
 NORMALIZE = (None, "max", "minmax")
+CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # as csrc/cuda/ops.h numbers them
 
 
 def cam_fuse_fwd(
@@ -18,18 +19,33 @@ def cam_fuse_fwd(
     relu: bool, reduce: str, normalize: str | None, align_corners: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Views ``(B, C, h_s, w_s)`` -> fused ``(B, C, H, W)``; maxima and minima before normalisation ``(B, C, 2)``."""
-    work = torch.promote_types(cams[0].dtype, torch.float32)
     B, C = cams[0].shape[:2]
+    dtype = cams[0].dtype
+    work = torch.promote_types(dtype, torch.float32)
+    policy = (*size, *grid, relu, REDUCE.index(reduce), NORMALIZE.index(normalize), align_corners, eps)
+    mask = None if present is None else present.contiguous()
+    stats = cams[0].new_zeros((B, C, 2), dtype=work)
+    if cams[0].is_cuda:
+        from fastcam import _C_cuda
+
+        x = [cam.contiguous() for cam in cams]
+        views = _table(x, flips, x)
+        out = x[0].new_empty((B, C, *size))
+        extremes = stats.new_empty((B * C, _C_cuda.cam_fuse_tiles(*size), 2))
+        with torch.cuda.device(out.device):
+            _C_cuda.cam_fuse_fwd(
+                views.data_ptr(), _address(mask), out.data_ptr(), extremes.data_ptr(), stats.data_ptr(),
+                CUDA_DTYPES.index(dtype), len(x), B * C, *policy, torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+        return out, stats
     x = [cam.to(work).contiguous() for cam in cams]
     views = _table(x, flips, x)
-    mask = None if present is None else present.contiguous()
-    out, stats = torch.empty((B, C, *size), dtype=work), torch.empty((B, C, 2), dtype=work)
+    out = torch.empty((B, C, *size), dtype=work)
     _C.cam_fuse_fwd(
-        views.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(), stats.data_ptr(),
-        work == torch.float64, len(cams), B * C, *size, *grid, relu, REDUCE.index(reduce), NORMALIZE.index(normalize), align_corners, eps,
-        torch.get_num_threads(),
+        views.data_ptr(), _address(mask), out.data_ptr(), stats.data_ptr(), work == torch.float64, len(x), B * C,
+        *policy, torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(cams[0].dtype), stats
+    return out.to(dtype), stats
 
 
 def cam_fuse_bwd(
@@ -39,17 +55,36 @@ def cam_fuse_bwd(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the views. The fused maps are computed again; ``stats`` is what the forward returned."""
     B, C = cams[0].shape[:2]
+    dtype = cams[0].dtype
+    policy = (*size, *grid, relu, REDUCE.index(reduce), NORMALIZE.index(normalize), align_corners, eps)
+    mask = None if present is None else present.contiguous()
+    if grad.is_cuda:
+        from fastcam import _C_cuda
+
+        x = [cam.contiguous() for cam in cams]
+        grads = [torch.empty_like(cam) for cam in x]
+        views = _table(x, flips, grads)
+        g = grad.contiguous()
+        sums = stats.new_empty((B * C, _C_cuda.cam_fuse_tiles(*size), 4))
+        totals = stats.new_empty((B * C, 4))
+        dx = torch.empty_like(g, dtype=torch.float32) if normalize is not None or reduce == "max" else None
+        winner = torch.empty_like(g, dtype=torch.uint8) if reduce == "max" else None
+        with torch.cuda.device(g.device):
+            _C_cuda.cam_fuse_bwd(
+                g.data_ptr(), views.data_ptr(), stats.data_ptr(), _address(mask), sums.data_ptr(), totals.data_ptr(),
+                _address(dx), _address(winner), CUDA_DTYPES.index(dtype), len(x), B * C, *policy,
+                torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+        return grads
     x = [cam.to(stats.dtype).contiguous() for cam in cams]
     grads = [torch.empty_like(cam) for cam in x]
     views = _table(x, flips, grads)
-    mask = None if present is None else present.contiguous()
     g = grad.to(stats.dtype).contiguous()
     _C.cam_fuse_bwd(
-        g.data_ptr(), views.data_ptr(), stats.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        g.dtype == torch.float64, len(cams), B * C, *size, *grid, relu, REDUCE.index(reduce), NORMALIZE.index(normalize), align_corners, eps,
-        torch.get_num_threads(),
+        g.data_ptr(), views.data_ptr(), stats.data_ptr(), _address(mask), g.dtype == torch.float64, len(x), B * C,
+        *policy, torch.get_num_threads(),
     )  # fmt: skip
-    return [dx.to(cam.dtype) for dx, cam in zip(grads, cams, strict=True)]
+    return [dx.to(dtype) for dx in grads]
 
 
 def _table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor]) -> Tensor:
@@ -59,3 +94,7 @@ def _table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor
         for cam, flip, grad in zip(cams, flips, grads, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

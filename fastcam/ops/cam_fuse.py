@@ -31,7 +31,19 @@ BWD = op(
     f"cam_fuse_bwd(Tensor grad, Tensor[] cams, Tensor stats, {POLICY}) -> Tensor[]",
     fake=lambda grad, cams, *_: [cam.new_empty(cam.shape) for cam in cams],
 )
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+
+
+def _in_float32(predicate: backends.Predicate) -> backends.Predicate:
+    return lambda x: "it computes in float32, got float64" if x.dtype == torch.float64 else predicate(x)
+
+
+# Best first. cuda and triton come after the reference, hence only by name, until a GPU has run them.
+CANDIDATES = {
+    "cpp": backends.needs_cpp,
+    "reference": backends.always,
+    "cuda": _in_float32(backends.needs_cuda),
+    "triton": _in_float32(backends.needs_gpu),
+}
 
 
 class _CamFuse(torch.autograd.Function):

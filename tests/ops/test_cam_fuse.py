@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import cam_fuse
 from fastcam.ops.cam_fuse import BWD, CANDIDATES, FWD
@@ -62,9 +62,125 @@ class TestCamFuse(OpTester):
             absent = torch.from_numpy(a["label"]) == 0
             assert (fused[absent] == 0).all()
 
-    def test_refuses_no_view(self, device, backend):
-        with pytest.raises(ValueError, match=r"^cam_fuse: expected at least one view in cams, got none"):
-            cam_fuse([], (2, 2), backend=backend)
+    def random(self, device, *shapes, C=2):
+        g = torch.Generator().manual_seed(0)
+        return [torch.rand(1, C, *shape, generator=g).to(device) for shape in shapes]
+
+    def check(self, actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+    def test_psa_mirrors_after_resizing(self, device, backend):
+        a, b, c = self.random(device, (3, 4), (3, 4), (5, 6))
+        x = interpolate(a, (21, 30)) + interpolate(b, (21, 30)).flip(-1) + interpolate(c, (21, 30))
+        expected = x / (x.amax((2, 3), keepdim=True) + 1e-5)
+        self.check(cam_fuse([a, b, c], (21, 30), flips=[False, True, False], backend=backend), expected)
+
+    def test_mctformer_normalises_by_minimum_and_maximum(self, device, backend):
+        a, b = self.random(device, (3, 4), (5, 6))
+        x = interpolate(a, (21, 30)) + interpolate(b, (21, 30))
+        low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        fused = cam_fuse([a, b], (21, 30), normalize="minmax", eps=1e-8, backend=backend)
+        self.check(fused, (x - low) / (high - low + 1e-8))
+
+    def test_afa_takes_maximum_of_mirrored_views_then_relu_then_sum(self, device, backend):
+        a, b, c, d = (x - 0.5 for x in self.random(device, (3, 4), (3, 4), (5, 6), (5, 6)))
+        pairs = [
+            torch.maximum(interpolate(x, (21, 30)), interpolate(y, (21, 30)).flip(-1)) for x, y in ((a, b), (c, d))
+        ]
+        x = sum(p.relu() for p in pairs)
+        x = x - x.amin((2, 3), keepdim=True)
+        expected = x / (x.amax((2, 3), keepdim=True) + 1e-5)
+        raw = {"flips": [False, True], "activation": None, "reduce": "max", "normalize": None, "backend": backend}
+        merged = [cam_fuse(pair, (21, 30), **raw) for pair in ((a, b), (c, d))]
+        self.check(cam_fuse(merged, (21, 30), normalize="minmax", backend=backend), expected)
+
+    def test_aligned_corners_and_shrinking_equal_interpolate(self, device, backend):
+        (a,) = self.random(device, (9, 33))
+        for size in ((1, 1), (4, 5), (1, 40), (30, 1)):
+            for align_corners in (False, True):
+                fused = cam_fuse([a], size, normalize=None, align_corners=align_corners, backend=backend)
+                self.check(fused, interpolate(a, size, align_corners))
+
+    def test_mean_is_sum_over_number_of_views(self, device, backend):
+        views = self.random(device, (3, 4), (3, 4), (5, 6))
+        mean, total = (cam_fuse(views, (8, 9), reduce=r, normalize=None, backend=backend) for r in ("mean", "sum"))
+        self.check(mean, total / 3)
+
+    def test_mirrored_images_give_mirrored_maps(self, device, backend):
+        views = self.random(device, (3, 4), (5, 6))
+        fused = cam_fuse(views, (13, 18), backend=backend)
+        self.check(cam_fuse([v.flip(-1) for v in views], (13, 18), backend=backend), fused.flip(-1))
+        self.check(cam_fuse([v.flip(-1) for v in views], (13, 18), flips=[True, True], backend=backend), fused)
+
+    def test_order_of_views_and_positive_scale_do_not_matter(self, device, backend):
+        views = self.random(device, (3, 4), (5, 6), (2, 2))
+        fused = cam_fuse(views, (13, 18), backend=backend)
+        self.check(cam_fuse(views[::-1], (13, 18), backend=backend), fused)
+        scaled = cam_fuse([8 * v for v in views], (13, 18), backend=backend)
+        torch.testing.assert_close(scaled, fused, rtol=1e-4, atol=0)  # eps is not scaled
+
+    def test_one_view_at_its_own_size_is_only_normalised(self, device, backend):
+        (a,) = self.random(device, (7, 9))
+        self.check(cam_fuse([a], (7, 9), backend=backend), a / (a.amax((2, 3), keepdim=True) + 1e-5))
+
+    def test_zero_map_stays_zero_and_has_zero_gradient(self, device, backend):
+        for normalize in ("max", "minmax", None):
+            a = torch.zeros(1, 2, 3, 4, device=device, requires_grad=True)
+            out = cam_fuse([a], (5, 7), normalize=normalize, backend=backend)
+            out.sum().backward()
+            assert (out == 0).all()
+            assert (a.grad == 0).all()
+
+    def test_all_absent_gives_zero_whatever_the_maps_hold(self, device, backend):
+        a = torch.full((1, 2, 3, 4), torch.nan, device=device, requires_grad=True)
+        out = cam_fuse([a], (5, 7), present=torch.zeros(1, 2, dtype=torch.bool, device=device), backend=backend)
+        out.sum().backward()
+        assert (out == 0).all()
+        assert (a.grad == 0).all()
+
+    def test_nan_stays_in_its_class(self, device, backend):
+        (a,) = self.random(device, (3, 4), C=3)
+        a[0, 1, 2, 2] = torch.nan
+        for reduce in ("sum", "max"):
+            out = cam_fuse([a, a], (13, 18), reduce=reduce, backend=backend)
+            assert out.isnan().flatten(2).all(2).tolist() == [[False, True, False]]
+            assert not out[0, [0, 2]].isnan().any()
+
+    def test_gradient_equals_autograd_of_interpolate(self, device, backend):
+        for reduce in ("sum", "max"):
+            views = [(v - 0.3).requires_grad_() for v in self.random(device, (3, 4), (3, 4), (5, 6))]
+            maps = [interpolate(v.relu(), (16, 32)) for v in views[:1]]
+            maps += [interpolate(v.relu().flip(-1), (16, 32)) for v in views[1:]]
+            x = (sum(maps) if reduce == "sum" else torch.stack(maps).amax(0))[..., :13, :18]
+            expected = x / (x.amax((2, 3), keepdim=True) + 1e-5)
+            weight = torch.linspace(-1, 1, x.numel(), device=device).reshape(x.shape)
+            options = {"grid": (16, 32), "flips": [False, True, True], "reduce": reduce}
+            actual = cam_fuse(views, (13, 18), **options, backend=backend)
+            torch.testing.assert_close(
+                torch.autograd.grad(actual, views, weight),
+                torch.autograd.grad(expected, views, weight),
+                rtol=1e-4,
+                atol=1e-4,
+            )
+
+    def test_tied_maxima_share_the_gradient_and_the_first_of_tied_views_takes_it(self, device, backend):
+        a = torch.ones(1, 1, 2, 2, device=device, requires_grad=True)
+        out = cam_fuse([a], (2, 2), eps=1.0, backend=backend)  # y = x / (max + 1)
+        out[0, 0, 0, 0].backward()
+        assert a.grad.flatten().tolist() == pytest.approx([0.5 - 0.25 / 4, *[-0.25 / 4] * 3])
+        b = torch.ones(1, 1, 2, 2, device=device, requires_grad=True)
+        a.grad = None
+        cam_fuse([b, a], (2, 2), reduce="max", normalize=None, backend=backend).sum().backward()
+        assert (b.grad == 1).all()
+        assert (a.grad == 0).all()
+
+    def test_many_classes(self, device, backend):
+        if backend == "triton" and device == "cpu":
+            pytest.skip("thousands of programs in the interpreter")
+        for C in (81, 151):
+            views = self.random(device, (3, 4), (5, 6), C=C)
+            x = sum(interpolate(v, (30, 41)) for v in views)
+            self.check(cam_fuse(views, (30, 41), backend=backend), x / (x.amax((2, 3), keepdim=True) + 1e-5))
 
     def test_opcheck(self, device, backend):
         (cams, _), options = self.inputs(self.small, torch.float32, device)
@@ -72,3 +188,57 @@ class TestCamFuse(OpTester):
         torch.library.opcheck(FWD, (cams, *policy))
         out, stats = FWD(cams, *policy)
         torch.library.opcheck(BWD, (torch.ones_like(out), cams, stats, *policy))
+
+    def test_exceptions(self, device, backend):
+        a = torch.ones(1, 2, 3, 4, device=device)
+        for match, error, cams, size, options in (
+            (r"expected at least one view in cams, got none", ValueError, [], (2, 2), {}),
+            (r"got cams\[1\] \(1, 1, 3, 4\) beside", ValueError, [a, a[:, :1]], (2, 2), {}),
+            (r"at least one pixel, got cams\[0\] \(1, 2, 0, 4\)", ValueError, [a[:, :, :0]], (2, 2), {}),
+            (r"expected size \(H, W\) of at least \(1, 1\), got \(0, 2\)", ValueError, [a], (0, 2), {}),
+            (r"no smaller than size \(5, 5\), got \(8, 4\)", ValueError, [a], (5, 5), {"grid": (8, 4)}),
+            (r"one flag in flips for each of 1 views, got 2", ValueError, [a], (2, 2), {"flips": [True, False]}),
+            (
+                r"expected present \(B, C\) = \(1, 2\), got \(2,\)",
+                ValueError,
+                [a],
+                (2, 2),
+                {"present": a[0, :, 0, 0] > 0},
+            ),
+            (r"expected present of dtype bool, got float32", TypeError, [a], (2, 2), {"present": a[..., 0, 0]}),
+            (r"expected activation 'relu', None, got 'gelu'", ValueError, [a], (2, 2), {"activation": "gelu"}),
+            (r"expected reduce 'sum', 'mean', 'max', got 'min'", ValueError, [a], (2, 2), {"reduce": "min"}),
+            (r"expected normalize 'max', 'minmax', None, got 'l2'", ValueError, [a], (2, 2), {"normalize": "l2"}),
+            (r"expected eps > 0, got 0", ValueError, [a], (2, 2), {"eps": 0}),
+            (r"expected one dtype, got cams\[0\] float32, cams\[1\] float64", TypeError, [a, a.double()], (2, 2), {}),
+        ):
+            with pytest.raises(error, match="^cam_fuse: .*" + match):
+                cam_fuse(cams, size, **options, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("reduce_max", [False, True])
+def test_triton_kernels_compile_for_every_gpu(dtype, reduce_max):
+    kernels = pytest.importorskip("fastcam.kernels.cam_fuse")
+    if hasattr(kernels._cam_fuse_fwd_kernel, "interpret"):
+        pytest.skip("the interpreter replaces the compiler in this process")
+    BLOCK_H, BLOCK_W = kernels.blocks(500)
+    flags = {"RELU": True, "MAX": reduce_max, "ALIGN": reduce_max}
+    tile = {**flags, "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
+    x, f = f"*{dtype}", "*fp32"
+    maps = {"low_ptr": x, "shapes_ptr": "*i32", "present_ptr": "*u8"}
+    sizes = {**dict.fromkeys(("H", "W", "grid_h", "grid_w", "S", "L", "tiles_w"), "i32"), "scale": "fp32"}
+    numbers = {**sizes, "eps": "fp32"}
+    compile_for_gpus(kernels._cam_fuse_extremes_kernel, {**maps, "extremes_ptr": f, **sizes}, tile)
+    for normalize in (0, 1, 2):
+        constants = {"NORMALIZE": normalize, **tile}
+        compile_for_gpus(kernels._cam_fuse_fwd_kernel, {**maps, "stats_ptr": f, "out_ptr": x, **numbers}, constants)
+        saved = {"grad_ptr": x, **maps, "stats_ptr": f, "sums_ptr": f}
+        outputs = {"dx_ptr": f, "winner_ptr": "*u8"}
+        compile_for_gpus(kernels._cam_fuse_bwd_kernel, {**saved, **outputs, **numbers}, constants)
+        if normalize:
+            compile_for_gpus(kernels._cam_fuse_sums_kernel, {**saved, **numbers}, constants)
+    shape = dict.fromkeys(("H", "W", "grid_h", "grid_w", "L", "h", "w", "offset", "mirrored", "view"), "i32")
+    pointers = {"dx_ptr": f, "winner_ptr": "*u8", "low_ptr": x, "present_ptr": "*u8", "grad_low_ptr": x}
+    constants = {**flags, "BLOCK_W": 32, "BLOCK_X": kernels.BLOCK_X}
+    compile_for_gpus(kernels._cam_fuse_gather_kernel, {**pointers, **shape, "scale": "fp32"}, constants)
