@@ -17,6 +17,7 @@ constexpr int MAX_D = 15;
 constexpr int64_t TILE = 64;       // points whose simplices are searched together
 constexpr float LIMIT = 4194304;   // 2^22: larger coordinates have no fraction worth the name in float
 constexpr int64_t GRAIN = 512;     // vertices a task handles
+constexpr int64_t RANGE_PART = 1 << 14;
 
 // What the search finds about TILE points, points innermost.
 struct Simplices {
@@ -26,31 +27,65 @@ struct Simplices {
   float elevated[MAX_D + 1][TILE];
 };
 
-// Adams et al., section 3: the simplex of each of `count` points. Returns whether all coordinates were finite and below LIMIT.
-FASTCAM_MULTIVERSION bool find_simplices(const float* features, const float* scale, int64_t N, int64_t d, int64_t count,
-                                         Simplices& s) {
-  const float axes = static_cast<float>(d + 1), inverse = 1.0f / axes;
+// What each feature is multiplied by, so that the blur has unit variance (Adams et al., section 3).
+std::vector<float> scales(int64_t d) {
+  std::vector<float> scale(d);
+  const float step = static_cast<float>(std::sqrt(2.0 / 3) * (d + 1));
+  for (int64_t j = 0; j < d; ++j) scale[j] = static_cast<float>(step / std::sqrt((j + 1.0) * (j + 2.0)));
+  return scale;
+}
+
+// features (d, count), rows N apart -> coordinates on the hyperplane of sum 0.
+FASTCAM_INLINE void elevate(const float* features, const float* scale, int64_t N, int64_t d, int64_t count,
+                            float (*elevated)[TILE]) {
   float total[TILE] = {};
   for (int64_t j = d; j > 0; --j) {
     const float factor = scale[j - 1], times = static_cast<float>(j);
     const float* feature = features + (j - 1) * N;
     for (int64_t i = 0; i < count; ++i) {
       const float scaled = feature[i] * factor;
-      s.elevated[j][i] = total[i] - times * scaled;
+      elevated[j][i] = total[i] - times * scaled;
       total[i] += scaled;
     }
   }
-  for (int64_t i = 0; i < count; ++i) s.elevated[0][i] = total[i];
-  int32_t bad = 0, sum[TILE] = {};
+  for (int64_t i = 0; i < count; ++i) elevated[0][i] = total[i];
+}
+
+// Widens low and high (d + 1) to the coordinates of `count` points. False if one is not finite or not below LIMIT.
+FASTCAM_MULTIVERSION bool elevated_range(const float* features, const float* scale, int64_t N, int64_t d, int64_t count,
+                                         float* low, float* high) {
+  float elevated[MAX_D + 1][TILE], lows[TILE], highs[TILE];
+  int32_t bad = 0;
+  for (int64_t begin = 0; begin < count; begin += TILE) {
+    const int64_t n = std::min(TILE, count - begin);
+    elevate(features + begin, scale, N, d, n, elevated);
+    for (int64_t j = 0; j <= d; ++j) {
+      for (int64_t i = 0; i < n; ++i) bad |= !(elevated[j][i] > -LIMIT && elevated[j][i] < LIMIT);
+      std::copy_n(elevated[j], n, lows);
+      std::copy_n(elevated[j], n, highs);
+      for (int64_t i = n; i < TILE; ++i) lows[i] = highs[i] = 0;
+      for (int64_t half = TILE / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) {
+          lows[i] = lows[i + half] < lows[i] ? lows[i + half] : lows[i];
+          highs[i] = highs[i + half] > highs[i] ? highs[i + half] : highs[i];
+        }
+      low[j] = std::min(low[j], lows[0]);
+      high[j] = std::max(high[j], highs[0]);
+    }
+  }
+  return bad == 0;
+}
+
+// The simplex of each of `count` points, whose coordinates are below LIMIT (Adams et al., section 3).
+FASTCAM_MULTIVERSION void find_simplices(const float* features, const float* scale, int64_t N, int64_t d, int64_t count,
+                                         Simplices& s) {
+  const float axes = static_cast<float>(d + 1), inverse = 1.0f / axes;
+  elevate(features, scale, N, d, count, s.elevated);
+  int32_t sum[TILE] = {};
   for (int64_t j = 0; j <= d; ++j)
     for (int64_t i = 0; i < count; ++i) {
-      const float e = s.elevated[j][i];
-      const bool fits = e > -LIMIT && e < LIMIT;
-      bad |= !fits;
-      const float safe = fits ? e : 0.0f;
-      const float nearest = (safe * inverse + 12582912.0f) - 12582912.0f;  // rounds half to even
-      s.elevated[j][i] = safe;
-      s.weight[j][i] = safe - nearest * axes;
+      const float nearest = (s.elevated[j][i] * inverse + 12582912.0f) - 12582912.0f;  // rounds half to even
+      s.weight[j][i] = s.elevated[j][i] - nearest * axes;
       s.base[j][i] = static_cast<int32_t>(nearest);
       s.rank[j][i] = 0;
       sum[i] += static_cast<int32_t>(nearest);
@@ -79,7 +114,6 @@ FASTCAM_MULTIVERSION bool find_simplices(const float* features, const float* sca
       s.weight[d + 1 - s.rank[j][i]][i] -= s.elevated[j][i];
     }
   for (int64_t i = 0; i < count; ++i) s.weight[0][i] += 1.0f + s.weight[d + 1][i];
-  return bad == 0;
 }
 
 [[noreturn]] void refuse_features() {
@@ -209,33 +243,32 @@ Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(
   vertex_ = buffer<int32_t>(N * (d + 1));
   weight_ = buffer<float>(N * (d + 1));
 
-  // Bounds of the elevated coordinates by interval arithmetic on the features: how many bits a key needs.
-  std::vector<double> smallest(d, 0), largest(d, 0), low(d + 1), high(d + 1);  // the point of zeros included
-  for (int64_t j = 0; j < d; ++j)
-    for (int64_t i = 0; i < N; ++i) {
-      const double f = features[j * N + i];
-      smallest[j] = std::min(smallest[j], f);
-      largest[j] = std::max(largest[j], f);
+  // How many bits a key needs for each coordinate, from the range of the elevated coordinates; the point of zeros included.
+  const std::vector<float> scale = scales(d);
+  const int64_t parts = (N + RANGE_PART - 1) / RANGE_PART;
+  std::vector<float> lows(parts * (d + 1), 0), highs(parts * (d + 1), 0);
+  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = i * RANGE_PART;
+      if (!elevated_range(features + from, scale.data(), N, d, std::min(RANGE_PART, N - from), &lows[i * (d + 1)],
+                          &highs[i * (d + 1)]))
+        refuse_features();
     }
-  double total_low = 0, total_high = 0;
-  for (int64_t j = d; j > 0; --j) {
-    const double factor = std::sqrt(2.0 / 3) * (d + 1) / std::sqrt(j * (j + 1.0));
-    low[j] = total_low - j * factor * largest[j - 1];
-    high[j] = total_high - j * factor * smallest[j - 1];
-    total_low += factor * smallest[j - 1];
-    total_high += factor * largest[j - 1];
-  }
-  low[0] = total_low;
-  high[0] = total_high;
+  });
+  std::vector<int64_t> low(d);
   std::vector<int> bits(d);
   int sum = 0;
-  for (int64_t i = 0; i < d; ++i) {
-    if (!(low[i] > -1e8 && high[i] < 1e8)) refuse_features();
-    // Room for a point's vertices, for their neighbours, and for what float rounds.
-    const double margin = 4 * (d + 2) + 1e-5 * std::max(-low[i], high[i]);
-    low[i] = std::floor(low[i] - margin);
-    bits[i] = static_cast<int>(std::ceil(std::log2(high[i] + margin - low[i] + 2)));
-    sum += bits[i];
+  for (int64_t j = 0; j < d; ++j) {
+    float smallest = 0, largest = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      smallest = std::min(smallest, lows[i * (d + 1) + j]);
+      largest = std::max(largest, highs[i * (d + 1) + j]);
+    }
+    const int64_t margin = 3 * (d + 2);  // a point's vertices lie within d + 1 of it, and their neighbours within d of them
+    low[j] = static_cast<int64_t>(std::floor(smallest)) - margin;
+    const int64_t span = static_cast<int64_t>(std::ceil(largest)) + margin - low[j];
+    while (bits[j] < 40 && (int64_t(1) << bits[j]) <= span) ++bits[j];
+    sum += bits[j];
   }
   if (sum <= 64) {
     number_vertices<uint64_t>(low, bits, features, threads);
@@ -248,7 +281,7 @@ Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(
 }
 
 template <typename Key>
-void Lattice::number_vertices(const std::vector<double>& low, const std::vector<int>& bits, const float* features,
+void Lattice::number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features,
                               int threads) {
   const int64_t d = d_, N = N_, corners = d + 1;
   std::vector<Key> unit(corners, 0);  // what one step along a coordinate adds to a key; the last coordinate is implied
@@ -257,9 +290,7 @@ void Lattice::number_vertices(const std::vector<double>& low, const std::vector<
     unit[i] = Key(1) << shift;
     ones += unit[i];
   }
-  std::vector<float> scale(d);
-  const float step = static_cast<float>(std::sqrt(2.0 / 3) * (d + 1));
-  for (int64_t j = 0; j < d; ++j) scale[j] = static_cast<float>(step / std::sqrt((j + 1.0) * (j + 2.0)));
+  const std::vector<float> scale = scales(d);
 
   // Each point's vertex of remainder 0, and its coordinates by falling rank: they lead to the other vertices one by one.
   struct Place {
@@ -268,10 +299,10 @@ void Lattice::number_vertices(const std::vector<double>& low, const std::vector<
   };
   const auto search = [&](const float* from, int64_t stride, int64_t count, Place* places, float* weights) {
     Simplices s;
-    if (!find_simplices(from, scale.data(), stride, d, count, s)) refuse_features();
+    find_simplices(from, scale.data(), stride, d, count, s);
     for (int64_t i = 0; i < count; ++i) {
       Key key = 0;
-      for (int64_t j = 0; j < d; ++j) key += unit[j] * static_cast<uint64_t>(s.base[j][i] - static_cast<int64_t>(low[j]));
+      for (int64_t j = 0; j < d; ++j) key += unit[j] * static_cast<uint64_t>(s.base[j][i] - low[j]);
       places[i].key = key;
       for (int64_t j = 0; j <= d; ++j) places[i].falling[d - s.rank[j][i]] = static_cast<uint8_t>(j);
       for (int64_t k = 0; k <= d; ++k) weights[i * corners + k] = s.weight[k][i];

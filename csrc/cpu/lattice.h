@@ -43,7 +43,7 @@ class Lattice {
 
  private:
   template <typename Key>
-  void number_vertices(const std::vector<double>& low, const std::vector<int>& bits, const float* features, int threads);
+  void number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features, int threads);
 
   int64_t d_, N_, M_ = 0;
   std::unique_ptr<int32_t[]> vertex_;   // (N, d + 1)

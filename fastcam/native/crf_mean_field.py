@@ -63,7 +63,9 @@ def _launch(
             raise ValueError("crf_mean_field: expected finite compatibilities")
     sizes = torch.tensor([[H, W]] * B, dtype=torch.int64) if valid is None else valid.contiguous()
     if valid is not None and not ((valid >= 0) & (valid <= torch.tensor([H, W]))).all():
-        raise ValueError(f"crf_mean_field: expected valid heights in [0, {H}] and widths in [0, {W}], got {valid.tolist()}")
+        raise ValueError(
+            f"crf_mean_field: expected valid heights in [0, {H}] and widths in [0, {W}], got {valid.tolist()}"
+        )
     sigma = torch.tensor([*(gaussian_sigma or [1, 1]), *(bilateral_sigma or [1] * 5)], dtype=torch.float64)
     out = torch.empty((B, K, H, W), dtype=work)
     first = () if g is None else (g.data_ptr(),)
