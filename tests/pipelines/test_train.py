@@ -100,6 +100,24 @@ def test_rest_of_the_batches_after_a_step_is_the_end_of_all_batches():
     assert [key[1] for key in joined(everything[:3])] != [key[1] for key in joined(everything[3:6])]
 
 
+def test_resumed_training_reads_only_the_images_that_are_left(tmp_path, monkeypatch):
+    read = []
+
+    class Counting(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    config = dataclasses.replace(TRAINER, epochs=2, batch_size=2, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 1)
+        with pytest.raises(Killed):
+            fit(TwoOptimisers(), Counting(ONES), ("x",), config, tmp_path, {})
+    read.clear()
+    fit(TwoOptimisers(), Counting(ONES), ("x",), config, tmp_path, {})
+    assert read == [index for _, index in joined(Batches(4, 2, 2, config.seed, start=1))]
+
+
 def test_processes_share_every_batch_without_overlap():
     whole = list(Batches(9, 4, 2, seed=0))
     shares = [list(Batches(9, 4, 2, seed=0, rank=rank, world=2)) for rank in range(2)]
