@@ -1,6 +1,9 @@
-"""Launchers of ``csrc/cpu/crf_mean_field.cpp`` and ``csrc/cpu/lattice.cpp``. 16-bit inputs are converted to float32 first."""
+"""Launchers of ``csrc/cpu/{crf_mean_field,lattice}.cpp``. 16-bit inputs are converted to float32 first."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,25 +41,26 @@ class Lattice:
         return vertex, weight, neighbour
 
 
-def crf_mean_field_fwd(unary: Tensor, *rest: object) -> Tensor:
+def crf_mean_field_fwd(unary: Tensor, *rest: Any) -> Tensor:
     """``unary (B, K, H, W)`` -> Q after the last step; arguments as the reference's."""
     return _launch(_C.crf_mean_field_fwd, None, unary, *rest)
 
 
-def crf_mean_field_bwd(grad: Tensor, unary: Tensor, *rest: object) -> Tensor:
+def crf_mean_field_bwd(grad: Tensor, unary: Tensor, *rest: Any) -> Tensor:
     """Gradient of the unary; arguments as the reference's. Holds Q of every step of the images that are in work."""
     return _launch(_C.crf_mean_field_bwd, grad, unary, *rest)
 
 
 def _launch(
-    run: object, grad: Tensor | None, unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
-    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
-    normalization: str, kernel: str,
+    run: Callable[..., None], grad: Tensor | None, unary: Tensor, image: Tensor | None, valid: Tensor | None,
+    gaussian_compat: Tensor | None, bilateral_compat: Tensor | None, gaussian_sigma: list[float],
+    bilateral_sigma: list[float], iterations: int, normalization: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     work = torch.promote_types(unary.dtype, torch.float32)
     B, K, H, W = unary.shape
-    u, g, rgb, gaussian, bilateral = (
-        None if t is None else t.to(work).contiguous() for t in (unary, grad, image, gaussian_compat, bilateral_compat)
+    u = unary.to(work).contiguous()
+    g, rgb, gaussian, bilateral = (
+        None if t is None else t.to(work).contiguous() for t in (grad, image, gaussian_compat, bilateral_compat)
     )
     for compat in (gaussian, bilateral):
         if compat is not None and not compat.isfinite().all():

@@ -15,8 +15,8 @@ from fastcam._checks import FLOATS, check_same
 from fastcam._library import PACKAGES, op
 
 _ARGUMENTS = (
-    "Tensor unary, Tensor? image, Tensor? valid, Tensor? gaussian_compat, Tensor? bilateral_compat, float[] gaussian_sigma, "
-    "float[] bilateral_sigma, int iterations, str normalization, str kernel, str backend"
+    "Tensor unary, Tensor? image, Tensor? valid, Tensor? gaussian_compat, Tensor? bilateral_compat, "
+    "float[] gaussian_sigma, float[] bilateral_sigma, int iterations, str normalization, str kernel, str backend"
 )
 FWD = op(f"crf_mean_field_fwd({_ARGUMENTS}) -> Tensor", fake=lambda unary, *rest: unary.new_empty(unary.shape))
 BWD = op(
@@ -61,39 +61,40 @@ def crf_mean_field(
 
     .. math:: Q^0 = \mathrm{softmax}(-U), \qquad Q \leftarrow \mathrm{softmax}\Big(-U - \sum_k \mu_k(K_k Q)\Big)
 
-    over the labels, all pixels at once. :math:`K_k` is a Gaussian kernel over all pairs of pixels, each pixel with itself included: one
-    on the coordinates (``gaussian``), one on coordinates and colours (``bilateral``),
+    over the labels, all pixels at once. :math:`K_k` is a Gaussian kernel over all pairs of pixels, each pixel with
+    itself included: one on the coordinates (``gaussian``), one on coordinates and colours (``bilateral``),
     :math:`\exp(-\tfrac12 (\Delta x^2/s_x^2 + \Delta y^2/s_y^2 + \sum_c \Delta I_c^2/s_c^2))`. N x N is never formed.
 
-    Krähenbühl and Koltun, NIPS 2011 and ICML 2013. Parameters mean what they mean in pydensecrf. Cost of a step with a lattice of M
-    vertices: 12 N K multiply-adds to and from it and 12 M K in it. Differentiable in ``unary``, through all steps; the gradient runs
-    the forward again and holds Q of every step of an image.
+    Krähenbühl and Koltun, NIPS 2011 and ICML 2013. Parameters mean what they mean in pydensecrf. Cost of a step with a
+    lattice of M vertices: 12 N K multiply-adds to and from it and 12 M K in it. Differentiable in ``unary``, through
+    all steps; the gradient runs the forward again and holds Q of every step of an image.
 
     Args:
-        unary: energies (negative log-probabilities) :math:`(B, K, H, W)`, any strides, float32, float16, bfloat16 (float64 in ``cpp`` and
-            ``reference``). An energy of ``inf`` rules its label out.
+        unary: energies (negative log-probabilities) :math:`(B, K, H, W)`, any strides, float32, float16, bfloat16
+            (float64 in ``cpp`` and ``reference``). An energy of ``inf`` rules its label out.
         image: :math:`(B, 3, H, W)` in 0..255, uint8 or floating; ``None`` if ``bilateral`` is. Not differentiable.
         iterations: steps; 0 gives ``softmax(-unary)``.
         gaussian: ``(sxy, compat)`` or ``None``. ``sxy``: standard deviation in pixels, or ``(sx, sy)``.
-        bilateral: ``(sxy, srgb, compat)`` or ``None``. ``srgb``: standard deviation in grey levels, or one for each channel.
-            A compatibility ``compat`` is a number ``w`` (Potts: :math:`\mu(R) = -w R`, neighbours that agree lower the energy), a vector
-            :math:`(K,)` (:math:`\mu(R) = \mathrm{diag}(v) R`; a Potts-like one is negative), or a matrix :math:`(K, K)` of costs, of
-            which the symmetric part is taken.
-        normalization: with :math:`n` the kernel of ones: ``"symmetric"`` :math:`n^{-1/2} K n^{-1/2}`, ``"before"`` :math:`K n^{-1}`,
-            ``"after"`` :math:`n^{-1} K`, ``"none"``.
-        kernel: ``"fast"``: bilateral term on a permutohedral lattice, spatial term as an exact separable Gaussian (weights below 1e-6
-            left out). ``"lattice"``: both on lattices, which gives pydensecrf's numbers. ``"exact"``: true Gaussian sums, in
-            time proportional to :math:`N^2`.
-        valid: int64 :math:`(B, 2)`, true heights and widths of images padded to one size. Pixels outside take no part and are 0 in
-            the result.
+        bilateral: ``(sxy, srgb, compat)`` or ``None``. ``srgb``: standard deviation in grey levels, or one for each
+            channel. A compatibility ``compat`` is a number ``w`` (Potts: :math:`\mu(R) = -w R`, neighbours that agree
+            lower the energy), a vector :math:`(K,)` (:math:`\mu(R) = \mathrm{diag}(v) R`; a Potts-like one is
+            negative), or a matrix :math:`(K, K)` of costs, of which the symmetric part is taken.
+        normalization: with :math:`n` the kernel of ones: ``"symmetric"`` :math:`n^{-1/2} K n^{-1/2}`, ``"before"``
+            :math:`K n^{-1}`, ``"after"`` :math:`n^{-1} K`, ``"none"``.
+        kernel: ``"fast"``: bilateral term on a permutohedral lattice, spatial term as an exact separable Gaussian
+            (weights below 1e-6 left out). ``"lattice"``: both on lattices, which gives pydensecrf's numbers.
+            ``"exact"``: true Gaussian sums, in time proportional to :math:`N^2`.
+        valid: int64 :math:`(B, 2)`, true heights and widths of images padded to one size. Pixels outside take no part
+            and are 0 in the result.
         backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
         Q :math:`(B, K, H, W)` in the dtype of ``unary``; sums are taken in float32.
 
     Raises:
-        ValueError: shapes that do not fit, two devices, numbers out of range; a unary with NaN, ``-inf`` or a pixel without any
-            finite energy; an image with NaN or ``inf``, or standard deviations so small that the lattice would lose its precision.
+        ValueError: shapes that do not fit, two devices, numbers out of range; a unary with NaN, ``-inf`` or a pixel
+            without any finite energy; an image with NaN or ``inf``, or standard deviations so small that the lattice
+            would lose its precision.
         TypeError: a wrong dtype.
         BackendError: a backend asked for by name cannot run.
 
@@ -102,11 +103,11 @@ def crf_mean_field(
         >>> crf_mean_field(unary, None, iterations=0, bilateral=None).flatten()
         tensor([0.7311, 0.5498, 0.2689, 0.4502])
         >>> crf_mean_field(unary, None, iterations=1, bilateral=None).flatten()
-        tensor([0.0000, 0.0000, 0.0000, 0.0000])
+        tensor([0.8650, 0.7364, 0.1350, 0.2636])
     """
     if unary.ndim != 4 or unary.shape[1] == 0:
         raise ValueError(f"crf_mean_field: expected unary (B, K, H, W) with K > 0, got {tuple(unary.shape)}")
-    B, K, H, W = unary.shape
+    B, K = unary.shape[:2]
     check_same("crf_mean_field", unary=unary)
     if bilateral is None:
         image = None
@@ -137,9 +138,8 @@ def crf_mean_field(
         bilateral_sigma = _sigmas("bilateral sxy", bilateral[0], 2) + _sigmas("bilateral srgb", bilateral[1], 3)
         bilateral_compat = _compat("bilateral", bilateral[2], K, unary)
     name = backends.resolve("crf_mean_field", CANDIDATES, unary, backend)
-    args = (
-        unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, iterations, normalization, kernel, name,
-    )  # fmt: skip
+    tensors = unary, image, valid, gaussian_compat, bilateral_compat
+    args = *tensors, gaussian_sigma, bilateral_sigma, iterations, normalization, kernel, name
     if torch.is_grad_enabled() and unary.requires_grad:
         return _CrfMeanField.apply(*args)
     return FWD(*args)
@@ -193,18 +193,20 @@ class _LatticeFilter(torch.autograd.Function):
 
 
 class Lattice:
-    r"""A permutohedral lattice: filters values at N points with a Gaussian of their distance in d features, in time linear in N.
+    r"""A permutohedral lattice: filters values at N points by a Gaussian of their distance in d features, in linear time.
 
-    Built once, used for any number of values. Approximates :math:`\sum_j \exp(-\tfrac12 \|f_i - f_j\|^2) x_j` up to a factor that depends on d
-    (about 0.87 for d = 2, 0.5 to 0.7 for d = 5), which a normalisation removes. Adams, Baek and Davis 2010, numbers as pydensecrf.
+    Built once, used for any number of values. Approximates :math:`\sum_j \exp(-\tfrac12 \|f_i - f_j\|^2) x_j` up to a
+    factor that depends on d (about 0.87 for d = 2, 0.5 to 0.7 for d = 5), which a normalisation removes. Adams, Baek
+    and Davis 2010, numbers as pydensecrf.
 
     Args:
-        features: :math:`(d, N)`, or :math:`(B, d, N)` for a lattice an image, floating, divided by their standard deviations. Not
-            differentiable.
+        features: :math:`(d, N)`, or :math:`(B, d, N)` for a lattice an image, floating, divided by their standard
+            deviations. Not differentiable.
         backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.
 
     Raises:
-        ValueError: wrong shape; features that are not finite, or so large that float32 cannot place them in the lattice.
+        ValueError: wrong shape; features that are not finite, or so large that float32 cannot place them in the
+            lattice.
         TypeError: features that are not floating.
         BackendError: a backend asked for by name cannot run.
 

@@ -10,9 +10,10 @@ def unary_from_softmax(p: Tensor, scale: float | None = None, clip: float = 1e-5
     """Energies :math:`-\\log(\\mathrm{clip}(p, clip, 1))` of scores, as pydensecrf defines them.
 
     Args:
-        p: scores :math:`(B, K, H, W)`, or :math:`(K, ...)` when ``scale`` is ``None``. They need not sum to 1, since mean field
-            renormalises; values above 1 count as 1.
-        scale: confidence in the scores, in (0, 1]: they are mixed with a uniform distribution, ``scale * p + (1 - scale) / K``.
+        p: scores :math:`(B, K, H, W)`, or :math:`(K, ...)` when ``scale`` is ``None``. They need not sum to 1, since
+            mean field renormalises; values above 1 count as 1.
+        scale: confidence in the scores, in (0, 1]: they are mixed with a uniform distribution, ``scale * p + (1 -
+            scale) / K``.
         clip: smallest score, in (0, 1).
 
     Returns:
@@ -42,8 +43,8 @@ def unary_from_labels(labels: Tensor, num_labels: int, gt_prob: float, zero_unsu
         labels: integers :math:`(B, H, W)`.
         num_labels: K, at least 2: the other labels share ``1 - gt_prob``.
         gt_prob: in (0, 1).
-        zero_unsure: label 0 means unknown (the same energy for all), and label ``v > 0`` is row ``v - 1`` of the result. Otherwise
-            label ``v`` is row ``v``: what weakly supervised systems use.
+        zero_unsure: label 0 means unknown (the same energy for all), and label ``v > 0`` is row ``v - 1`` of the
+            result. Otherwise label ``v`` is row ``v``: what weakly supervised systems use.
 
     Returns:
         float32 energies :math:`(B, K, H, W)`.
@@ -64,7 +65,8 @@ def unary_from_labels(labels: Tensor, num_labels: int, gt_prob: float, zero_unsu
     lowest = -int(zero_unsure)
     if labels.numel() and not (lowest <= int(row.min()) and int(row.max()) < num_labels):
         raise ValueError(
-            f"unary_from_labels: expected labels in [0, {num_labels - 1 + zero_unsure}], got {labels.min()} to {labels.max()}"
+            f"unary_from_labels: expected labels in [0, {num_labels - 1 + zero_unsure}], "
+            f"got {labels.min()} to {labels.max()}"
         )
     right = row[:, None] == torch.arange(num_labels, device=labels.device)[:, None, None]
     sure, other, unknown = (-torch.tensor([gt_prob, (1 - gt_prob) / (num_labels - 1), 1 / num_labels]).log()).tolist()

@@ -1,7 +1,8 @@
 """Mean field of the dense CRF and the permutohedral lattice, in plain PyTorch.
 
-Krähenbühl and Koltun, NIPS 2011 and ICML 2013; Adams, Baek and Davis, Fast High-Dimensional Filtering Using the Permutohedral
-Lattice, 2010. Where points lie in the lattice is computed in float32 whatever the dtype of the values, so that all backends see the same vertices.
+Krähenbühl and Koltun, NIPS 2011 and ICML 2013; Adams, Baek and Davis, Fast High-Dimensional Filtering Using the
+Permutohedral Lattice, 2010. Where points lie in the lattice is computed in float32 whatever the dtype of the values, so
+that all backends see the same vertices.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ CUT = 1e-6  # kernel="fast" leaves out spatial weights below this
 COORDINATE_LIMIT = 2**22  # lattice coordinates from here on have no fraction worth the name in float32
 CHUNK = 2**22  # pairs of points whose exact weights are in memory at a time
 
+Filter = Callable[[Tensor, bool], Tensor]  # (r (K, N), whether the adjoint is wanted) -> (K, N)
+
 
 class Lattice:
     """The permutohedral lattice of N points: their simplices, weights, and which vertices are neighbours.
@@ -27,12 +30,13 @@ class Lattice:
     Attributes:
         vertex: int64 :math:`(N, d + 1)`, the vertices of each point's simplex, numbered as they are first met.
         weight: float32 :math:`(N, d + 1)`, barycentric coordinates, 0 to 1, sum 1.
-        neighbour: int64 :math:`(d + 1, M, 2)`, the vertices one step forward and back along each axis, ``M`` where there is none.
+        neighbour: int64 :math:`(d + 1, M, 2)`, the vertices one step forward and back along each axis, ``M`` where
+            there is none.
     """
 
     def __init__(self, features: Tensor) -> None:
         d, N = features.shape
-        # The x86 build of pydensecrf fills the last group of four points with zeros, whose vertices enter the lattice too.
+        # The x86 build of pydensecrf fills the last group of four points with zeros, whose vertices enter too.
         points = torch.cat([features.float(), features.new_zeros((d, 1), dtype=torch.float32)[:, : N % 4]], dim=1)
         keys, weight = _simplices(points)
         keys, vertex = _first_met(keys.reshape(-1, d))
@@ -45,7 +49,7 @@ class Lattice:
         return self.vertex, self.weight, self.neighbour
 
     def filter(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """Splat, blur, slice: ``x (V, N)`` -> :math:`(V, N)`. Blurring the axes in ``reverse`` order gives the exact adjoint."""
+        """Splat, blur, slice: ``x (V, N)`` -> :math:`(V, N)`. Blurring the axes in ``reverse`` order is the exact adjoint."""
         axes, M, _ = self.neighbour.shape
         weight = self.weight.to(x.dtype)
         z = x.new_zeros((M + 1, len(x)))  # the last row stands for absent neighbours
@@ -56,7 +60,7 @@ class Lattice:
 
 
 def _simplices(points: Tensor) -> tuple[Tensor, Tensor]:
-    """``(d, N)`` -> integer coordinates of each point's vertices :math:`(N, d + 1, d)` and their weights :math:`(N, d + 1)`."""
+    """``(d, N)`` -> coordinates of each point's vertices, integer :math:`(N, d + 1, d)`, and weights :math:`(N, d + 1)`."""
     d, N = points.shape
     step = torch.tensor(math.sqrt(2 / 3) * (d + 1), dtype=torch.float32).item()
     elevated = points.new_zeros((d + 1, N))
@@ -68,8 +72,8 @@ def _simplices(points: Tensor) -> tuple[Tensor, Tensor]:
     elevated[0] = total
     if not (elevated.abs() < COORDINATE_LIMIT).all():
         raise ValueError(
-            "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about a million, "
-            f"got {points.abs().max().item():.3g}"
+            "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about "
+            f"a million, got {points.abs().max().item():.3g}"
         )
     inverse = torch.tensor(1 / (d + 1), dtype=torch.float32)
     nearest = (elevated * inverse).round()
@@ -115,7 +119,7 @@ def _first_met(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(keys: Tensor) -> Tensor:
-    """Vertices ``(M, d)`` -> :math:`(d + 1, M, 2)`: who is at key + delta_j and at key - delta_j, delta_j = d on axis j and -1 elsewhere."""
+    """Vertices ``(M, d)`` -> :math:`(d + 1, M, 2)`: who is at key +- delta_j; delta_j = d on axis j, -1 elsewhere."""
     M, d = keys.shape
     delta = (d + 1) * torch.eye(d + 1, d, dtype=keys.dtype, device=keys.device) - 1
     both = torch.stack([delta, -delta], dim=1)
@@ -128,7 +132,7 @@ def _neighbours(keys: Tensor) -> Tensor:
 class _Term(NamedTuple):
     """One pairwise term: ``filter(r (K, N), reverse) -> (K, N)``, the diagonals around it, and the compatibility."""
 
-    filter: Callable[[Tensor, bool], Tensor]
+    filter: Filter
     before: Tensor  # (N,), 1 where the normalisation has nothing there
     after: Tensor
     compat: Tensor  # (K,) or (K, K)
@@ -152,11 +156,11 @@ def diagonals(norm: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
     return {"before": (1 / norm, one), "after": (one, 1 / norm), "none": (one, one)}[normalization]
 
 
-def _term(filter: Callable[[Tensor, bool], Tensor], compat: Tensor, N: int, normalization: str) -> _Term:
+def _term(filter: Filter, compat: Tensor, N: int, normalization: str) -> _Term:
     return _Term(filter, *diagonals(filter(compat.new_ones(1, N), False)[0], normalization), compat)
 
 
-def _spatial(h: int, w: int, sigma: list[float], cut: float, like: Tensor) -> Callable[[Tensor, bool], Tensor]:
+def _spatial(h: int, w: int, sigma: list[float], cut: float, like: Tensor) -> Filter:
     def matrix(n: int, s: float) -> Tensor:
         at = torch.arange(n, dtype=like.dtype, device=like.device)
         weight = (-0.5 * ((at[:, None] - at) / s).square()).exp()
@@ -166,7 +170,7 @@ def _spatial(h: int, w: int, sigma: list[float], cut: float, like: Tensor) -> Ca
     return lambda r, reverse: (gy @ r.view(-1, h, w) @ gx).flatten(1)
 
 
-def _exact(features: Tensor) -> Callable[[Tensor, bool], Tensor]:
+def _exact(features: Tensor) -> Filter:
     d, N = features.shape
 
     def filter(r: Tensor, reverse: bool) -> Tensor:
@@ -193,7 +197,7 @@ def _terms(
     terms = []
     if gaussian_compat is not None:
         if kernel == "lattice":
-            filter = Lattice(_features(h, w, gaussian_sigma, None, gaussian_compat.float())).filter
+            filter: Filter = Lattice(_features(h, w, gaussian_sigma, None, gaussian_compat.float())).filter
         else:
             filter = _spatial(h, w, gaussian_sigma, CUT if kernel == "fast" else 0.0, gaussian_compat)
         terms.append(_term(filter, gaussian_compat, h * w, normalization))
@@ -210,7 +214,8 @@ def _softmax(energy: Tensor) -> Tensor:
     q = torch.softmax(-energy, dim=0)
     if not q.isfinite().all():
         raise ValueError(
-            "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages that do not overflow"
+            "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages "
+            "that do not overflow"
         )
     return q
 
@@ -242,10 +247,14 @@ def _check(*compats: Tensor | None) -> None:
 
 
 def crf_mean_field_fwd(
-    unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None, bilateral_compat: Tensor | None,
-    gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int, normalization: str, kernel: str,
+    unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
+    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
+    normalization: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """``unary (B, K, H, W)`` -> Q after the last step. A compatibility ``(K,)`` or ``(K, K)`` multiplies messages; no tensor, no term."""
+    """``unary (B, K, H, W)`` -> Q after the last step.
+
+    A compatibility ``(K,)`` or ``(K, K)`` multiplies messages; where there is none, there is no such term.
+    """
     _check(gaussian_compat, bilateral_compat)
     B, K, H, W = unary.shape
     out = unary.new_zeros(unary.shape)
@@ -265,9 +274,10 @@ def crf_mean_field_bwd(
     bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
     normalization: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the unary. Runs the forward again and keeps Q of every step: B = 1 at a time, ``iterations`` times the size of Q.
+    """Gradient of the unary. Runs the forward again, image by image, and keeps Q of every step of that image.
 
-    With E = -U - sum_k mu_k(K_k Q) and Q' = softmax(E): dE = Q' (g - <g, Q'>), dU -= dE, dQ = -sum_k K_k^T mu_k^T dE; mu is symmetric.
+    With E = -U - sum_k mu_k(K_k Q) and Q' = softmax(E): dE = Q' (g - <g, Q'>), dU -= dE, dQ = -sum_k K_k^T mu_k^T dE;
+    mu is symmetric.
     """
     B, K, H, W = unary.shape
     out = unary.new_zeros(unary.shape)

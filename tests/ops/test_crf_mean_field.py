@@ -29,7 +29,7 @@ class TestCrfMeanField(OpTester):
     op = staticmethod(crf_mean_field)
     candidates = CANDIDATES
     # (B, K, H, W, keyword arguments); 21 and 151 labels, 5 x 7 and 70 pixels are no multiple of a vector or a tile
-    cases = [
+    cases = (
         (0, 3, 4, 5, {}),
         (1, 1, 1, 1, {}),
         (2, 2, 1, 9, {"kernel": "lattice", "normalization": "before"}),
@@ -43,7 +43,7 @@ class TestCrfMeanField(OpTester):
             {"kernel": "lattice", "normalization": "none", "gaussian": (1.5, 0.3), "bilateral": (8, 30, 0.5)},
         ),
         (3, 40, 11, 17, {"valid": [[11, 17], [4, 9], [1, 1]], "iterations": 2}),
-    ]
+    )
     small = (
         2,
         3,
@@ -234,7 +234,7 @@ class TestCrfMeanField(OpTester):
             unary[0, :, 2, 3] = torch.inf
         else:
             unary[0, 1, 2, 3] = bad
-        with pytest.raises(ValueError, match="^crf_mean_field: expected unary without NaN and -inf"):
+        with pytest.raises(ValueError, match=r"^crf_mean_field: expected unary without NaN and -inf"):
             crf_mean_field(unary, image, backend=backend)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
@@ -242,9 +242,9 @@ class TestCrfMeanField(OpTester):
         unary, image = noise(1, 3, 5, 6, device)
         image = image.float()
         image[0, 1, 2, 3] = bad
-        with pytest.raises(ValueError, match="^crf_mean_field: expected finite lattice features"):
+        with pytest.raises(ValueError, match=r"^crf_mean_field: expected finite lattice features"):
             crf_mean_field(unary, image, backend=backend)
-        with pytest.raises(ValueError, match="^crf_mean_field: expected finite lattice features"):
+        with pytest.raises(ValueError, match=r"^crf_mean_field: expected finite lattice features"):
             crf_mean_field(unary, image, gaussian=(1e-30, 3), bilateral=None, kernel="lattice", backend=backend)
 
     @pytest.mark.parametrize("kernel", KERNELS)
@@ -277,18 +277,18 @@ class TestCrfMeanField(OpTester):
         refused(r"^crf_mean_field: expected unary \(B, K, H, W\) with K > 0, got \(3, 4, 5\)", u=unary[0])
         refused(r"with K > 0, got \(2, 0, 4, 5\)", u=unary[:, :0])
         refused(r"expected image \(2, 3, 4, 5\), as unary, got \(2, 3, 4, 4\)", i=image[..., :4])
-        refused("expected an image, or bilateral=None, got None", i=None)
-        refused("expected image uint8 or floating, got torch.int64", i=image.long(), error=TypeError)
-        refused("the image has no gradient", i=image.float().requires_grad_())
-        refused("the bilateral compatibility has no gradient", bilateral=(80, 13, torch.ones((), requires_grad=True)))
-        refused("expected gaussian sxy a positive number or 2 of them, got 0", gaussian=(0, 3))
-        refused("expected bilateral srgb a positive number or 3 of them, got", bilateral=(80, (1, 2), 3))
-        refused("expected bilateral sxy .* got nan", bilateral=(float("nan"), 13, 3))
+        refused(r"expected an image, or bilateral=None, got None", i=None)
+        refused(r"expected image uint8 or floating, got torch.int64", i=image.long(), error=TypeError)
+        refused(r"the image has no gradient", i=image.float().requires_grad_())
+        refused(r"the bilateral compatibility has no gradient", bilateral=(80, 13, torch.ones((), requires_grad=True)))
+        refused(r"expected gaussian sxy a positive number or 2 of them, got 0", gaussian=(0, 3))
+        refused(r"expected bilateral srgb a positive number or 3 of them, got", bilateral=(80, (1, 2), 3))
+        refused(r"expected bilateral sxy .* got nan", bilateral=(float("nan"), 13, 3))
         refused(r"expected gaussian compatibility a number, \(3,\) or \(3, 3\), got \(2,\)", gaussian=(3, [1, 2]))
-        refused("expected finite compatibilities", gaussian=(3, float("inf")))
-        refused("expected iterations >= 0, got -1", iterations=-1)
-        refused("expected normalization in .* got 'both'", normalization="both")
-        refused("expected kernel in .* got 'slow'", kernel="slow")
+        refused(r"expected finite compatibilities", gaussian=(3, float("inf")))
+        refused(r"expected iterations >= 0, got -1", iterations=-1)
+        refused(r"expected normalization in .* got 'both'", normalization="both")
+        refused(r"expected kernel in .* got 'slow'", kernel="slow")
         refused(r"expected valid int64 \(2, 2\), got torch.int32 \(2, 2\)", valid=torch.ones(2, 2, dtype=torch.int32))
         refused(r"expected valid heights in \[0, 4\] and widths in \[0, 5\]", valid=torch.tensor([[4, 5], [5, 5]]))
 
@@ -364,7 +364,7 @@ class TestLattice:
     def test_exceptions(self, device, backend):
         with pytest.raises(ValueError, match=r"^Lattice: expected features \(d, N\) or .* got \(5,\)"):
             Lattice(torch.ones(5))
-        with pytest.raises(TypeError, match="^Lattice: "):
+        with pytest.raises(TypeError, match=r"^Lattice: "):
             Lattice(torch.ones(2, 5, dtype=torch.int64))
         with pytest.raises(ValueError, match="expected finite lattice features"):
             Lattice(torch.full((2, 5), torch.nan), backend=backend)
@@ -397,7 +397,7 @@ def test_unaries_equal_pydensecrf(golden):
 
 def test_unaries_refuse_what_has_no_energy():
     labels = torch.zeros(1, 2, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="^unary_from_labels: expected at least 2 labels, got 1"):
+    with pytest.raises(ValueError, match=r"^unary_from_labels: expected at least 2 labels, got 1"):
         unary_from_labels(labels, 1, 0.7)
     with pytest.raises(ValueError, match=r"expected labels in \[0, 2\], got 0 to 3"):
         unary_from_labels(labels + torch.tensor([[0, 3], [0, 0]]), 3, 0.7, zero_unsure=False)
@@ -407,5 +407,5 @@ def test_unaries_refuse_what_has_no_energy():
         unary_from_labels(labels.float(), 3, 0.7)
     with pytest.raises(ValueError, match=r"^unary_from_softmax: expected scale in \(0, 1\], got 2"):
         unary_from_softmax(torch.ones(1, 2, 2, 2), scale=2)
-    with pytest.raises(TypeError, match="^unary_from_softmax: expected floating scores"):
+    with pytest.raises(TypeError, match=r"^unary_from_softmax: expected floating scores"):
         unary_from_softmax(labels)
