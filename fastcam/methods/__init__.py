@@ -73,7 +73,7 @@ def load_method(path: str | Path) -> nn.Module:
     if "method" not in saved:
         raise FastcamError(f"weights '{path}': hold no method; expected a file that `fastcam train` wrote")
     config = {key: value for key, value in saved["config"].items() if key != "backbone"}
-    method = create_method(saved["method"], num_classes=saved["num_classes"], backbone=saved["backbone"], **config)
+    method: Any = create_method(saved["method"], num_classes=saved["num_classes"], backbone=saved["backbone"], **config)
     expected = {key: value.shape for key, value in method.export_state_dict().items()}
     wrong = sorted(
         key for key in expected.keys() | state.keys() if key not in state or expected.get(key) != state[key].shape

@@ -216,38 +216,38 @@ class SFC(nn.Module):
         sides = [unit_features(self._centered(x)) for x in sides]
         return torch.cat([F.interpolate(x, size, mode="bilinear", align_corners=False) for x in sides], dim=1)
 
-    def correlation_features(self, images: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
+    def correlation_features(self, images: Tensor, last: Tensor, size: Sequence[int]) -> Tensor:
         """What the pixel correlation compares: projected colours and last features, at ``size``."""
         colours = F.interpolate(images, last.shape[-2:], mode="bilinear", align_corners=True)
         projected = self.correlation(torch.cat([colours.to(last.dtype), last], dim=1)).float()
-        return self._centered(F.interpolate(projected, size, mode="bilinear", align_corners=True))
+        return self._centered(F.interpolate(projected, tuple(size), mode="bilinear", align_corners=True))
 
     def _centered(self, x: Tensor) -> Tensor:
         return x - x.mean(dim=(2, 3), keepdim=True) if self.config.center_features else x
 
-    def heads(
-        self, images: Tensor, stages: Sequence[Tensor], valid: Tensor, prototypes: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """One training view from its images and their stage outputs.
+    def weight_head(self, images: Tensor, stages: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score ``(B, C)``, classifier-weight maps M_W and the maps before the pixel correlation, as :meth:`heads`."""
+        size = valid.shape[-2:]
+        logits = self.classifier(stages[3]).float()
+        original = F.interpolate(with_background(logits), size, mode="bilinear", align_corners=True) * valid
+        weight_cams = self._propagate(original, self.correlation_features(images, stages[3], size))
+        return logits.mean(dim=(2, 3)), weight_cams, original
+
+    def heads(self, images: Tensor, stages: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All heads in their training form.
 
         Args:
             images: ``(B, 3, H, W)``.
             stages: the backbone's outputs.
             valid: ``(B, C + 1, h, w)`` of the third stage's size; 0 in padding and for absent classes.
-            prototypes: whether M_P is wanted.
 
         Returns:
-            Score ``(B, C)``, and ``(B, C + 1, h, w)`` each: classifier-weight maps M_W, prototype maps M_P (or
-            ``None``), and the maps before the pixel correlation.
+            Score ``(B, C)``, then ``(B, C + 1, h, w)`` each: classifier maps M_W, prototype maps M_P, and the maps
+            before the pixel correlation.
         """
-        size = valid.shape[-2:]
-        logits = self.classifier(stages[3]).float()
-        original = F.interpolate(with_background(logits), size, mode="bilinear", align_corners=True) * valid
-        weight_cams = self._propagate(original, self.correlation_features(images, stages[3], size))
-        proto_cams = (
-            self._prototype_cams(self.hierarchical_features(stages), weight_cams, valid) if prototypes else None
-        )
-        return logits.mean(dim=(2, 3)), weight_cams, proto_cams, original
+        score, weight_cams, original = self.weight_head(images, stages, valid)
+        proto_cams = self._prototype_cams(self.hierarchical_features(stages), weight_cams, valid)
+        return score, weight_cams, proto_cams, original
 
     # Sums over thousands of pixels, feeding losses of a few 1e-3: both stay in float32 under autocast.
     def _propagate(self, maps: Tensor, features: Tensor) -> Tensor:
@@ -258,10 +258,11 @@ class SFC(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):
             return prototype_cams(features, maps, valid, self.config.background_scale)
 
-    def _train_view(self, images: Tensor, inside: Tensor, tags: Tensor, prototypes: bool) -> tuple[Tensor, ...]:
+    def _stages(self, images: Tensor, inside: Tensor, tags: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Stage outputs, and where which class may be: ``(B, C + 1, h, w)`` of the third stage's size."""
         stages = self.backbone(images)
         inside = F.interpolate(inside[:, None].float(), stages[2].shape[-2:], mode="nearest")
-        return self.heads(images, stages, with_background_tag(tags)[:, :, None, None] * inside, prototypes)
+        return stages, with_background_tag(tags)[:, :, None, None] * inside
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The MSDW loss: L_cls + L_P + L_W.
@@ -278,8 +279,9 @@ class SFC(nn.Module):
         if inside is None:
             inside = torch.ones_like(images[:, 0], dtype=torch.bool)
         images, inside, tags = self.bank(images, inside, tags)
-        score, weight_cams, proto_cams, _ = self._train_view(images, inside, tags, prototypes=True)
-        half_score, half_cams, _, _ = self._train_view(halve(images), inside, tags, prototypes=False)
+        half = halve(images)
+        score, weight_cams, proto_cams, _ = self.heads(images, *self._stages(images, inside, tags))
+        half_score, half_cams, _ = self.weight_head(half, *self._stages(half, inside, tags))
         loss_cls = (F.multilabel_soft_margin_loss(score, tags) + F.multilabel_soft_margin_loss(half_score, tags)) / 2
         loss_proto = self.config.prototype_loss * prototype_weight_loss(weight_cams, proto_cams, self.class_weight)
         loss_weight = self.config.weight_loss * scale_weight_loss(weight_cams, half_cams, tags, self.class_weight)
@@ -326,11 +328,12 @@ class SFC(nn.Module):
             raise ValueError("sfc.fused_cams: expected at least one view, got none")
         weight_cams, proto_cams = zip(*(self.view_cams(view, tags) for view in views), strict=True)
         present = None if tags is None else with_background_tag(tags) > 0
-        fused = sum(
-            weight * cam_fuse(list(maps), size, present=present, activation=None, reduce="sum", normalize="max")
+        families = [
+            weight * cam_fuse(maps, size, present=present, activation=None)
             for weight, maps in zip(self._family_weights(), (weight_cams, proto_cams), strict=True)
             if weight > 0
-        )
+        ]
+        fused = torch.stack(families).sum(dim=0)
         return FusedCams(fused[:, 1:], (fused[:, 0] + self.config.background_bias) / 2)
 
     def _family_weights(self) -> tuple[float, float]:

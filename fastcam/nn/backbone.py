@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Any,
         indices: list[int],
         head: bool,
         normalize: tuple[tuple[float, ...], ...],
@@ -108,7 +109,7 @@ def create_backbone(
     if not timm.is_model(name):
         near = ", ".join(_nearest(name, timm.list_models()))
         raise FastcamError(f"backbone '{name}': timm has no such network" + (f"; near it: {near}" if near else ""))
-    net = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    net: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < STAGES:
         raise FastcamError(
             f"backbone '{name}': expected a network with {STAGES} or more stages; choose a CNN such as 'resnet50'"
@@ -142,13 +143,13 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, n=3)
 
 
-def _limit_stride(net: nn.Module, indices: list[int], output_stride: int, dilate: bool) -> tuple[Tensor, list[Tensor]]:
+def _limit_stride(net: Any, indices: list[int], output_stride: int, dilate: bool) -> tuple[Tensor, list[Tensor]]:
     """Takes the stride from layers that would pass ``output_stride`` and dilates those behind them.
 
     Returns the final and the stages' outputs of the network as it was.
     """
 
-    def limit(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def limit(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         stride_in, stride_out = PROBE / args[0].shape[-1], PROBE / output.shape[-1]
         if stride_out > max(stride_in, output_stride):
             even = layer.kernel_size in (2, (2, 2))  # cannot be centred at stride 1

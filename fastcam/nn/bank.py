@@ -54,7 +54,7 @@ class ImageBank(nn.Module):
             torch.stack([x.to(like) for x in column])
             for column, like in zip(zip(*drawn, strict=True), empty, strict=True)
         ]
-        return tuple(torch.cat(pair) for pair in zip((images, valid, tags), extra, strict=True))
+        return torch.cat([images, extra[0]]), torch.cat([valid, extra[1]]), torch.cat([tags, extra[2]])
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The filled slots as plain tensors."""
@@ -66,4 +66,4 @@ class ImageBank(nn.Module):
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Fills the slots again."""
         classes = state["classes"].tolist()
-        self.slots = {k: tuple(state[name][i] for name in ("images", "valid", "tags")) for i, k in enumerate(classes)}
+        self.slots = {k: (state["images"][i], state["valid"][i], state["tags"][i]) for i, k in enumerate(classes)}

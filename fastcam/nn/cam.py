@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ def fuse_views(
     size: tuple[int, int],
     tags: Tensor | None = None,
     *,
-    activation: str | None = "relu",
-    reduce: str = "sum",
-    normalize: str | None = "max",
+    activation: Literal["relu"] | None = "relu",
+    reduce: Literal["sum", "mean", "max"] = "sum",
+    normalize: Literal["max", "minmax"] | None = "max",
     align_corners: bool = False,
     multiple: int = 1,
 ) -> FusedCams:
@@ -63,25 +63,20 @@ def fuse_views(
     """
     if not views:
         raise ValueError("fuse_views: expected at least one view, got none")
-    maps, flips = [], []
+    maps: list[Tensor] = []
     twice = None if tags is None else torch.cat([tags, tags])
     for view in views:
         maps += cams(torch.cat([view, view.flip(-1)]), twice).chunk(2)
-        flips += [False, True]
-    present = None if tags is None else tags > 0
-    policy = {
-        "flips": flips,
-        "present": present,
-        "activation": activation,
-        "reduce": reduce,
-        "align_corners": align_corners,
-    }
     height, width = size
-    whole = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
-    if whole == (height, width):
-        return FusedCams(cam_fuse(maps, whole, normalize=normalize, **policy))
-    fused = cam_fuse(maps, whole, normalize=None, **policy)[..., :height, :width]
-    # A second call on the cut map at its own size only normalises it.
-    return FusedCams(
-        cam_fuse([fused], (height, width), activation=None, normalize=normalize, align_corners=align_corners)
+    fused = cam_fuse(
+        maps,
+        size,
+        grid=(-(-height // multiple) * multiple, -(-width // multiple) * multiple),
+        flips=[False, True] * len(views),
+        present=None if tags is None else tags > 0,
+        activation=activation,
+        reduce=reduce,
+        normalize=normalize,
+        align_corners=align_corners,
     )
+    return FusedCams(fused)

@@ -417,3 +417,18 @@ class TestFactory:
     def test_counts_of_another_number_of_classes_are_refused(self, method):
         with pytest.raises(ValueError, match=r"sfc\.set_tag_counts: expected 5 counts, got 2"):
             method.set_tag_counts(torch.tensor([1, 2]))
+
+
+def test_centered_features_ignore_what_all_pixels_share(batch):
+    torch.manual_seed(0)
+    method = create_method("sfc", num_classes=5, backbone="resnet10t", correlation_channels=8, center_features=True)
+    stages = [
+        torch.randn(4, c, 64 // s, 64 // s) for c, s in zip(method.backbone.channels, (4, 8, 16, 16), strict=True)
+    ]
+    shifted = [x + torch.randn(1, x.shape[1], 1, 1) for x in stages]
+    with torch.no_grad():
+        for a, b in (
+            (method.hierarchical_features(stages), method.hierarchical_features(shifted)),
+            tuple(method.correlation_features(batch["image"], x[3], (4, 4)) for x in (stages, shifted)),
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
