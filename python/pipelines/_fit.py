@@ -12,6 +12,7 @@ import dataclasses
 import io
 import logging
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -375,7 +376,8 @@ def _run(trainer: Trainer, module: StepModule, out: Path) -> None:
             shutil.rmtree(out / "tensorboard", ignore_errors=True)
             (out / METRICS).unlink(missing_ok=True)
             withdraw(out)
-        if isinstance(error, SystemExit):  # Lightning's answer to Ctrl-C
+        if isinstance(error, SystemExit):  # Lightning's answer to Ctrl-C, which it ignores from then on
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         if isinstance(error, FastcamError):  # from a worker process it comes wrapped in a traceback; ours are one line
             line = str(error).strip().splitlines()[-1]

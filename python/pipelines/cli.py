@@ -70,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    top = _Parser(prog="fastcam", description="Image-level tags to segmentation masks, in passes that can be resumed.",
-    epilog=
-                  "Arguments of a command: fastcam COMMAND --help. Shipped configurations, by name for --config: "
-                  + ", ".join(_shipped()) + ".")  # fmt: skip
+    about = "Image-level tags to segmentation masks, in passes that can be resumed."
+    more = "Arguments of a command: fastcam COMMAND --help. Shipped configurations, by name for --config: "
+    top = _Parser(prog="fastcam", description=about, epilog=f"{more}{', '.join(_shipped())}.")
     top.add_argument("--version", action="version", version=f"fastcam {_version()}")
     commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, (_, summary) in COMMANDS.items():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.tiny import METHOD, TRAINER, files
 import fastcam
 from fastcam.io import load_weights, save_weights
 from fastcam.methods import create_method
+from fastcam.pipelines import _fit
 from fastcam.pipelines import make_cam as make_cam_module
 from fastcam.pipelines._data import Data
 from fastcam.pipelines._settings import TrainerConfig
@@ -161,6 +163,25 @@ class TestEndings:
         monkeypatch.setattr("fastcam.pipelines.env.env", interrupt)
         assert main(["env"]) == 130
         assert capsys.readouterr().err == "fastcam: error: interrupted; run the same command again to continue\n"
+
+    def test_interrupt_of_a_training_keeps_its_checkpoint_and_later_interrupts(
+        self, capsys, root, tmp_path, monkeypatch
+    ):
+        original = _fit.StepModule.training_step
+
+        def training_step(self, batch, batch_idx):
+            if self.step == 4:
+                raise KeyboardInterrupt
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(_fit.StepModule, "training_step", training_step)
+        settings = {**dataclasses.asdict(TRAINER), "resize_long": [40, 56]}
+        (tmp_path / "recipe.yaml").write_text(json.dumps({"method": METHOD, "trainer": settings}))
+        argv = ["--config", tmp_path / "recipe.yaml", "--data.root", root, "--out", tmp_path / "out"]
+        assert main(["train", *map(str, argv)]) == 130
+        assert capsys.readouterr().err == "fastcam: error: interrupted; run the same command again to continue\n"
+        assert torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["step"] == 3
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_library_that_is_missing_says_how_to_install_it(self, capsys, monkeypatch):
         def missing():

@@ -269,7 +269,7 @@ def test_two_processes_train_what_one_does(root, data, trained, tmp_path):
     command = [sys.executable, "-m", "fastcam.pipelines", "train", "--config", str(tmp_path / "recipe.yaml")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "two")], env=env, capture_output=True, text=True, timeout=240
+        [*command, "--out", str(tmp_path / "two")], env=env, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "two" / "weights.safetensors")]
