@@ -14,9 +14,9 @@ namespace fastcam {
 namespace {
 
 constexpr int MAX_D = 15;
-constexpr int64_t TILE = 64;       // points whose simplices are searched together
-constexpr float LIMIT = 4194304;   // 2^22: larger coordinates have no fraction worth the name in float
-constexpr int64_t GRAIN = 512;     // vertices a task handles
+constexpr int64_t TILE = 64;      // points whose simplices are searched together
+constexpr float LIMIT = 4194304;  // 2^22: larger coordinates have no fraction worth the name in float
+constexpr int64_t GRAIN = 512;    // vertices a task handles
 constexpr int64_t RANGE_PART = 1 << 14;
 
 // What the search finds about TILE points, points innermost.
@@ -118,7 +118,8 @@ FASTCAM_MULTIVERSION void find_simplices(const float* features, const float* sca
 
 [[noreturn]] void refuse_features() {
   throw std::invalid_argument(
-      "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about a million, "
+      "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about a "
+      "million, "
       "got larger or NaN");
 }
 
@@ -172,8 +173,8 @@ class Numbering {
 
 template <typename T, int W, int R>
 struct Splat {
-  static FASTCAM_INLINE void run(int64_t c, const int32_t* first, const int32_t* point, const T* weight, const T* x, T* z,
-                                 int64_t begin, int64_t end, int64_t width) {
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* first, const int32_t* point, const T* weight, const T* x,
+                                 T* z, int64_t begin, int64_t end, int64_t width) {
     for (int64_t v = begin; v < end; ++v) {
       typename Lanes<T, W>::type sum[R] = {};
       for (int64_t e = first[v]; e < first[v + 1]; ++e) {
@@ -202,8 +203,8 @@ struct Blur {
 
 template <typename T, int W, int R>
 struct Slice {
-  static FASTCAM_INLINE void run(int64_t c, const int32_t* vertex, const float* weight, const T* z, T* out, int64_t count,
-                                 int64_t corners, T alpha, int64_t width) {
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* vertex, const float* weight, const T* z, T* out,
+                                 int64_t count, int64_t corners, T alpha, int64_t width) {
     for (int64_t i = 0; i < count; ++i) {
       typename Lanes<T, W>::type sum[R] = {};
       for (int64_t k = 0; k < corners; ++k) {
@@ -216,18 +217,18 @@ struct Slice {
   }
 };
 
-#define FASTCAM_ROW_STEPS(T)                                                                                            \
-  FASTCAM_MULTIVERSION void splat_rows(const int32_t* first, const int32_t* point, const T* weight, const T* x, T* z,   \
-                                       int64_t begin, int64_t end, int64_t width) {                                     \
-    each_block<Splat, T>(width, first, point, weight, x, z, begin, end, width);                                         \
-  }                                                                                                                     \
-  FASTCAM_MULTIVERSION void blur_rows(const int32_t* neighbour, const T* z, T* out, int64_t begin, int64_t end,         \
-                                      int64_t width) {                                                                  \
-    each_block<Blur, T>(width, neighbour, z, out, begin, end, width);                                                   \
-  }                                                                                                                     \
-  FASTCAM_MULTIVERSION void slice_rows(const int32_t* vertex, const float* weight, const T* z, T* out, int64_t count,   \
-                                       int64_t corners, T alpha, int64_t width) {                                       \
-    each_block<Slice, T>(width, vertex, weight, z, out, count, corners, alpha, width);                                  \
+#define FASTCAM_ROW_STEPS(T)                                                                                          \
+  FASTCAM_MULTIVERSION void splat_rows(const int32_t* first, const int32_t* point, const T* weight, const T* x, T* z, \
+                                       int64_t begin, int64_t end, int64_t width) {                                   \
+    each_block<Splat, T>(width, first, point, weight, x, z, begin, end, width);                                       \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void blur_rows(const int32_t* neighbour, const T* z, T* out, int64_t begin, int64_t end,       \
+                                      int64_t width) {                                                                \
+    each_block<Blur, T>(width, neighbour, z, out, begin, end, width);                                                 \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void slice_rows(const int32_t* vertex, const float* weight, const T* z, T* out, int64_t count, \
+                                       int64_t corners, T alpha, int64_t width) {                                     \
+    each_block<Slice, T>(width, vertex, weight, z, out, count, corners, alpha, width);                                \
   }
 FASTCAM_ROW_STEPS(float)
 FASTCAM_ROW_STEPS(double)
@@ -237,13 +238,15 @@ FASTCAM_ROW_STEPS(double)
 
 Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(d), N_(N) {
   if (d < 1 || d > MAX_D)
-    throw std::invalid_argument("Lattice: expected 1 to " + std::to_string(MAX_D) + " features, got " + std::to_string(d));
+    throw std::invalid_argument("Lattice: expected 1 to " + std::to_string(MAX_D) + " features, got " +
+                                std::to_string(d));
   if (N < 1 || N > std::numeric_limits<int32_t>::max() / (d + 1) - 1)
     throw std::invalid_argument("Lattice: expected 1 to 2**31 / (d + 1) points, got " + std::to_string(N));
   vertex_ = buffer<int32_t>(N * (d + 1));
   weight_ = buffer<float>(N * (d + 1));
 
-  // How many bits a key needs for each coordinate, from the range of the elevated coordinates; the point of zeros included.
+  // How many bits a key needs for each coordinate, from the range of the elevated coordinates; the point of zeros
+  // included.
   const std::vector<float> scale = scales(d);
   const int64_t parts = (N + RANGE_PART - 1) / RANGE_PART;
   std::vector<float> lows(parts * (d + 1), 0), highs(parts * (d + 1), 0);
@@ -264,7 +267,8 @@ Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(
       smallest = std::min(smallest, lows[i * (d + 1) + j]);
       largest = std::max(largest, highs[i * (d + 1) + j]);
     }
-    const int64_t margin = 3 * (d + 2);  // a point's vertices lie within d + 1 of it, and their neighbours within d of them
+    const int64_t margin =
+        3 * (d + 2);  // a point's vertices lie within d + 1 of it, and their neighbours within d of them
     low[j] = static_cast<int64_t>(std::floor(smallest)) - margin;
     const int64_t span = static_cast<int64_t>(std::ceil(largest)) + margin - low[j];
     while (bits[j] < 40 && (int64_t(1) << bits[j]) <= span) ++bits[j];
@@ -292,7 +296,8 @@ void Lattice::number_vertices(const std::vector<int64_t>& low, const std::vector
   }
   const std::vector<float> scale = scales(d);
 
-  // Each point's vertex of remainder 0, and its coordinates by falling rank: they lead to the other vertices one by one.
+  // Each point's vertex of remainder 0, and its coordinates by falling rank: they lead to the other vertices one by
+  // one.
   struct Place {
     Key key;
     uint8_t falling[MAX_D + 1];
@@ -402,7 +407,8 @@ template <typename T>
 void Lattice::slice(const T* z, T* out, int64_t begin, int64_t end, int64_t width) const {
   const int64_t corners = d_ + 1;
   const T alpha = static_cast<T>(1 / (1 + std::pow(2.0, -static_cast<double>(d_))));
-  slice_rows(vertex_.get() + begin * corners, weight_.get() + begin * corners, z, out, end - begin, corners, alpha, width);
+  slice_rows(vertex_.get() + begin * corners, weight_.get() + begin * corners, z, out, end - begin, corners, alpha,
+             width);
 }
 
 namespace {

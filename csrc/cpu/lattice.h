@@ -15,7 +15,8 @@ std::unique_ptr<T[]> buffer(int64_t n) {
 
 class Lattice {
  public:
-  // features (d, N). Throws std::invalid_argument for features that are not finite or too large, too many points or dimensions.
+  // features (d, N). Throws std::invalid_argument for features that are not finite or too large, too many points or
+  // dimensions.
   Lattice(const float* features, int64_t d, int64_t N, int threads);
 
   int64_t points() const { return N_; }
@@ -43,14 +44,15 @@ class Lattice {
 
  private:
   template <typename Key>
-  void number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features, int threads);
+  void number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features,
+                       int threads);
 
   int64_t d_, N_, M_ = 0;
-  std::unique_ptr<int32_t[]> vertex_;   // (N, d + 1)
-  std::unique_ptr<float[]> weight_;     // (N, d + 1)
-  std::vector<int32_t> neighbour_;      // (d + 1, M, 2)
-  std::vector<int32_t> first_;          // (M + 1), where the pairs of each vertex begin
-  std::unique_ptr<int32_t[]> point_;    // (N (d + 1)), points of the pairs, in order of vertices
+  std::unique_ptr<int32_t[]> vertex_;  // (N, d + 1)
+  std::unique_ptr<float[]> weight_;    // (N, d + 1)
+  std::vector<int32_t> neighbour_;     // (d + 1, M, 2)
+  std::vector<int32_t> first_;         // (M + 1), where the pairs of each vertex begin
+  std::unique_ptr<int32_t[]> point_;   // (N (d + 1)), points of the pairs, in order of vertices
 };
 
 }  // namespace fastcam

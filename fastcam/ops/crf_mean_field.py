@@ -82,7 +82,7 @@ def crf_mean_field(
         normalization: with :math:`n` the kernel of ones: ``"symmetric"`` :math:`n^{-1/2} K n^{-1/2}`, ``"before"``
             :math:`K n^{-1}`, ``"after"`` :math:`n^{-1} K`, ``"none"``.
         kernel: ``"fast"``: bilateral term on a permutohedral lattice, spatial term as an exact separable Gaussian
-            (weights below 1e-6 left out). ``"lattice"``: both on lattices, which gives pydensecrf's numbers.
+            (up to 4.5 standard deviations). ``"lattice"``: both on lattices, which gives pydensecrf's numbers.
             ``"exact"``: true Gaussian sums, in time proportional to :math:`N^2`.
         valid: int64 :math:`(B, 2)`, true heights and widths of images padded to one size. Pixels outside take no part
             and are 0 in the result.
@@ -193,7 +193,7 @@ class _LatticeFilter(torch.autograd.Function):
 
 
 class Lattice:
-    r"""A permutohedral lattice: filters values at N points by a Gaussian of their distance in d features, in linear time.
+    r"""A permutohedral lattice: a Gaussian filter for N points with d features, in time linear in N.
 
     Built once, used for any number of values. Approximates :math:`\sum_j \exp(-\tfrac12 \|f_i - f_j\|^2) x_j` up to a
     factor that depends on d (about 0.87 for d = 2, 0.5 to 0.7 for d = 5), which a normalisation removes. Adams, Baek

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CUT = 1e-6  # kernel="fast" leaves out spatial weights below this
+CUT = 4e-5  # kernel="fast" leaves out spatial weights below this: 4.5 standard deviations
 COORDINATE_LIMIT = 2**22  # lattice coordinates from here on have no fraction worth the name in float32
 CHUNK = 2**22  # pairs of points whose exact weights are in memory at a time
 
@@ -49,7 +49,7 @@ class Lattice:
         return self.vertex, self.weight, self.neighbour
 
     def filter(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """Splat, blur, slice: ``x (V, N)`` -> :math:`(V, N)`. Blurring the axes in ``reverse`` order is the exact adjoint."""
+        """``x (V, N)`` -> :math:`(V, N)`: splat, blur, slice. ``reverse`` blurs the axes backwards: the exact adjoint."""
         axes, M, _ = self.neighbour.shape
         weight = self.weight.to(x.dtype)
         z = x.new_zeros((M + 1, len(x)))  # the last row stands for absent neighbours
@@ -60,7 +60,7 @@ class Lattice:
 
 
 def _simplices(points: Tensor) -> tuple[Tensor, Tensor]:
-    """``(d, N)`` -> coordinates of each point's vertices, integer :math:`(N, d + 1, d)`, and weights :math:`(N, d + 1)`."""
+    """``(d, N)`` -> coordinates of all vertices :math:`(N, d + 1, d)`, weights :math:`(N, d + 1)`."""
     d, N = points.shape
     step = torch.tensor(math.sqrt(2 / 3) * (d + 1), dtype=torch.float32).item()
     elevated = points.new_zeros((d + 1, N))
@@ -72,8 +72,8 @@ def _simplices(points: Tensor) -> tuple[Tensor, Tensor]:
     elevated[0] = total
     if not (elevated.abs() < COORDINATE_LIMIT).all():
         raise ValueError(
-            "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about "
-            f"a million, got {points.abs().max().item():.3g}"
+            "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than "
+            f"about a million, got {points.abs().max().item():.3g}"
         )
     inverse = torch.tensor(1 / (d + 1), dtype=torch.float32)
     nearest = (elevated * inverse).round()

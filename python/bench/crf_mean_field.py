@@ -67,7 +67,7 @@ def cases(device: str) -> CaseIterator:
                     },
                     expected=rivals.get("pydensecrf"),
                     moved=4 * (2 * K * H * W) + 3 * H * W,
-                    operations=steps * H * W * K * 2 * (6 + 6 + 2 * 31),
+                    operations=steps * H * W * K * 2 * (6 + 6 + 2 * 27),
                     tolerance=1e-3,
                     unchecked={"fastcam": "spatial term an exact Gaussian, pydensecrf's a lattice: other numbers"},
                 )
