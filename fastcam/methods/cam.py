@@ -73,8 +73,11 @@ class CAM(nn.Module):
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Multi-label soft margin loss of the mean logits of ``batch["image"]`` with ``batch["tags"]``."""
-        score = self.logits(batch["image"]).mean(dim=(2, 3))
-        return {"loss": F.multilabel_soft_margin_loss(score, batch["tags"])}
+        return {"loss": F.multilabel_soft_margin_loss(self.tag_logits(batch["image"]), batch["tags"])}
+
+    def tag_logits(self, images: Tensor) -> Tensor:
+        """What the classifier thinks of the tags: ``(B, C)``, a probability after a sigmoid."""
+        return self.logits(images).mean(dim=(2, 3))
 
     def cams(self, images: Tensor, tags: Tensor | None = None) -> Tensor:
         """Maps ``(B, C, h, w)`` of one view, ReLU'd, not normalised; classes without a tag are 0."""
@@ -82,8 +85,13 @@ class CAM(nn.Module):
         return maps if tags is None else maps * (tags > 0)[:, :, None, None]
 
     def fused_cams(self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None) -> FusedCams:
-        """Maps of several scales and their mirror images, fused as IRN's ``make_cam`` does: no background."""
-        return fuse_views(self.cams, views, size, tags, multiple=self.config.output_stride)
+        """Maps of several scales and their mirror images, fused as IRN's ``make_cam`` does: no background.
+
+        At the size of one of the views, whole cells of the output stride are resized and the rest is cut (``high_res``); at any other size
+        the maps are resized to just that (``cam``, at stride 4).
+        """
+        full = any(view.shape[-2:] == tuple(size) for view in views)
+        return fuse_views(self.cams, views, size, tags, multiple=self.config.output_stride if full else 1)
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with a poly schedule; the classifier learns ``head_lr_factor`` times faster."""

@@ -1,14 +1,14 @@
 """DeepLabv3+: the segmentation network that is trained on pseudo-labels.
 
-L.-C. Chen, Y. Zhu, G. Papandreou, F. Schroff, H. Adam, "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
-Segmentation", ECCV 2018 (arXiv 1802.02611), on any timm backbone; with ``low_level_channels=0`` it is DeepLabv3 (arXiv 1706.05587).
-Authors' code: github.com/tensorflow/models/tree/master/research/deeplab (Apache-2.0).
+L.-C. Chen, Y. Zhu, G. Papandreou, F. Schroff, H. Adam, "Encoder-Decoder with Atrous Separable Convolution for Semantic
+Image Segmentation", ECCV 2018 (arXiv 1802.02611), on any timm backbone; with ``low_level_channels=0`` it is DeepLabv3
+(arXiv 1706.05587). Authors' code: github.com/tensorflow/models/tree/master/research/deeplab (Apache-2.0).
 
-The last features pass through atrous spatial pyramid pooling: convolutions of several dilation rates and the image's mean, side by side.
-The decoder joins the result with earlier, finer features, of which it first keeps a few channels.
+The last features pass through atrous spatial pyramid pooling: convolutions of several dilation rates and the image's
+mean, side by side. The decoder joins the result with earlier, finer features, of which it first keeps a few channels.
 
-Deviations from the authors' code: the branch of the image's mean has no batch norm, so that a batch of one image can be trained; a bias
-stands in its place. The heads may learn faster than the backbone (``head_lr_factor``).
+Deviations from the authors' code: the branch of the image's mean has no batch norm, so that a batch of one image can be
+trained; a bias stands in its place. The heads may learn faster than the backbone (``head_lr_factor``).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def conv_norm(channels: int, out: int, kernel: int, dilation: int = 1) -> nn.Seq
 
 
 def conv3x3(channels: int, out: int, dilation: int = 1, separable: bool = True) -> nn.Sequential:
-    """3 x 3 convolution, batch norm, ReLU; ``separable``: a depthwise convolution with norm and ReLU, then a 1 x 1 with both."""
+    """3 x 3 convolution, batch norm, ReLU; if ``separable``, a depthwise one and a 1 x 1, each with norm and ReLU."""
     if not separable:
         return conv_norm(channels, out, 3, dilation)
     depthwise = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False)
@@ -88,9 +88,9 @@ def conv3x3(channels: int, out: int, dilation: int = 1, separable: bool = True) 
 
 
 class PyramidPooling(nn.Module):
-    """Atrous spatial pyramid pooling: a 1 x 1 and dilated 3 x 3 convolutions, and the image's mean, concatenated and projected.
+    """Atrous spatial pyramid pooling: a 1 x 1 and dilated 3 x 3 convolutions and the image's mean, then a projection.
 
-    ``(B, channels, h, w)`` -> ``(B, out, h, w)``. A 3 x 3 convolution whose rate passes the map's size sees its centre only.
+    A 3 x 3 convolution whose rate passes the map's size sees its centre only.
     """
 
     def __init__(self, channels: int, out: int, rates: tuple[int, ...], image_pooling: bool, separable: bool) -> None:
@@ -106,6 +106,7 @@ class PyramidPooling(nn.Module):
         self.project = conv_norm((len(self.branches) + image_pooling) * out, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, channels, h, w)`` -> ``(B, out, h, w)``."""
         outputs = [branch(x) for branch in self.branches]
         if self.pool is not None:
             outputs.append(self.pool(x).expand_as(outputs[0]))
@@ -178,11 +179,11 @@ class DeepLab(nn.Module):
         """Cross-entropy over the pixels that have a label.
 
         Args:
-            batch: ``"image"`` ``(B, 3, S, S)`` and ``"mask"`` int64 ``(B, S, S)``: 0 to C, or 255 where nothing is known.
+            batch: ``"image"`` ``(B, 3, S, S)``, and ``"mask"`` int64 ``(B, S, S)``: 0 to C, 255 where nothing is known.
 
         Returns:
-            ``"loss"``, and ``"accuracy"``: the fraction of labelled pixels that the network gets right. Both are 0 where no pixel of the
-            batch has a label.
+            ``"loss"``, and ``"accuracy"``: the fraction of labelled pixels that the network gets right. Both are 0
+            where no pixel of the batch has a label.
         """
         logits, mask = self.logits(batch["image"]), batch["mask"]
         known = mask != IGNORE

@@ -288,6 +288,10 @@ class SFC(nn.Module):
         loss = loss_cls + loss_proto + loss_weight
         return {"loss": loss, "loss_cls": loss_cls, "loss_proto": loss_proto, "loss_weight": loss_weight}
 
+    def tag_logits(self, images: Tensor) -> Tensor:
+        """What the classifier thinks of the tags: ``(B, C)``, a probability after a sigmoid."""
+        return self.classifier(self.backbone(images)[3]).float().mean(dim=(2, 3))
+
     def view_cams(self, view: Tensor, tags: Tensor | None = None, mirror: bool = True) -> tuple[Tensor, Tensor]:
         """M_W and M_P of one view, ``(B, C + 1, h, w)`` each, from the sum of its features and its mirror image's.
 

@@ -97,7 +97,6 @@ def make_cam(
     dataset = open_data(data, classes)
     tagged = dataset.tags_known
     if not tagged:
-        need_tag_logits(network)
         record["tag_threshold"] = tag_threshold
     network.to(pick_device(device))
     open_pass(out, {**record, "tags": "given" if tagged else "predicted", "classes": classes})
@@ -119,8 +118,3 @@ def make_cam(
 
     return run_pass("make-cam", out, ".npz", dataset.ids, work)
 
-
-def need_tag_logits(network: Any) -> None:
-    """Raises FastcamError where a method cannot say which classes an image has."""
-    if not hasattr(network, "tag_logits"):
-        raise FastcamError(f"method {network.name} cannot predict tags, and the images have none; give data.tags")

@@ -15,7 +15,7 @@ from fastcam.io import CamSet, open_pass, write_label_png
 from fastcam.pipelines._data import Data, file_fingerprint, load_trained, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines.label import Rule, label_image
-from fastcam.pipelines.make_cam import SCALES, image_cams, need_tag_logits, pick_device
+from fastcam.pipelines.make_cam import SCALES, image_cams, pick_device
 from fastcam.pipelines.refine import Crf
 
 
@@ -71,7 +71,6 @@ def pseudo_label(
     network, classes = load_trained(weights, "cam")
     dataset = open_data(Data(images=str(images), tags=None if labels is None else str(labels.absolute())), classes)
     if labels is None:
-        need_tag_logits(network)
         record["tag_threshold"] = tag_threshold
     network.to(pick_device(device))
     open_pass(out, {**record, "tags": "given" if labels else "predicted", "classes": classes})

@@ -59,6 +59,19 @@ def test_fused_maps_are_masked_normalised_and_without_background(method):
     assert fused.maps.amax(dim=(2, 3))[0].tolist() == pytest.approx([0, 1, 0], abs=1e-3)
 
 
+def test_cells_are_resized_whole_at_image_size_and_just_to_size_at_stride_4(method):
+    image = torch.randn(1, 3, 40, 56)  # cells of 16 pixels: 3 x 4, which cover 48 x 64
+    with torch.no_grad():
+        views = [method.eval().cams(image), method.cams(image.flip(-1)).flip(-1)]
+
+        def resized(*size: int) -> torch.Tensor:
+            return sum(F.interpolate(view, size, mode="bilinear", align_corners=False) for view in views)
+
+        for size, fused in (((40, 56), resized(48, 64)[..., :40, :56]), ((10, 14), resized(10, 14))):
+            expected = fused / (fused.amax(dim=(2, 3), keepdim=True) + 1e-5)
+            torch.testing.assert_close(method.fused_cams([image], size).maps, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_restore_the_maps(method, tmp_path):
     config = dict(method.config.__dict__)
     saved = {"method": "cam", "num_classes": 3, "backbone": "resnet10t", "config": config}

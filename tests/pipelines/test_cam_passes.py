@@ -278,14 +278,6 @@ class TestPseudoLabel:
         (tmp_path / "val_0002.png").unlink()
         assert pseudo_label(root / "JPEGImages", weights, tmp_path, **run).written == 1
 
-    def test_without_tags_a_method_that_cannot_predict_them_is_named(self, root, weights, tmp_path, monkeypatch):
-        method = load_method(weights)
-        monkeypatch.delattr(type(method), "tag_logits", raising=False)
-        with pytest.raises(
-            FastcamError, match=r"method cam cannot predict tags, and the images have none; give data.tags"
-        ):
-            pseudo_label(root / "JPEGImages", weights, tmp_path / "out", threshold=0.3)
-
     def test_without_tags_the_classifier_chooses_the_classes(self, root, weights, tmp_path, monkeypatch):
         def tag_logits(self, images):
             return torch.tensor([[5.0, -5.0, -5.0, 5.0, -5.0, -5.0]]).expand(len(images), 6)
