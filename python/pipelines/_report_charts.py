@@ -36,9 +36,8 @@ def bars(names: Sequence[str], series: Sequence[tuple[str, str, Sequence[float |
                 continue
             y, length = top + i * thick, max(1.0, scale * 100 * value)
             title = f"<title>{escape(f'{name}, {label}: {100 * value:.1f} %')}</title>"
-            body.append(
-                f'<rect x="{left}" y="{y:.1f}" width="{length:.1f}" height="{thick - 2}" rx="2" fill="{tone}">{title}</rect>'
-            )
+            shape = f'x="{left}" y="{y:.1f}" width="{length:.1f}" height="{thick - 2}" rx="2" fill="{tone}"'
+            body.append(f"<rect {shape}>{title}</rect>")
             body.append(_text(left + length + 5, y + thick - 2, f"{100 * value:.0f}", "start", "value"))
     return _svg(width, height, body, alt)
 
@@ -66,9 +65,8 @@ def lines(curves: Sequence[Curve], x_label: str, y_label: str, alt: str, percent
         if x0 <= tick <= x1:
             body.append(_text(place(tick, y0)[0], height - bottom + 16, f"{tick:g}", "middle", "tick"))
     body.append(_text((left + width) / 2, height - 6, x_label, "middle", "axis"))
-    body.append(
-        f'<text class="axis" text-anchor="middle" transform="translate(12 {height / 2:.0f}) rotate(-90)">{escape(y_label)}</text>'
-    )
+    turned = f'text-anchor="middle" transform="translate(12 {height / 2:.0f}) rotate(-90)"'
+    body.append(f'<text class="axis" {turned}>{escape(y_label)}</text>')
     for curve in curves:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve.points))
         dash = ' stroke-dasharray="5 4"' if curve.dashed else ""
@@ -110,7 +108,5 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:
 
 
 def _svg(width: float, height: float, body: Sequence[str], alt: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(alt)}" preserveAspectRatio="xMinYMin">'
-        f"{''.join(body)}</svg>"
-    )
+    box = f'viewBox="0 0 {width:.0f} {height:.0f}" preserveAspectRatio="xMinYMin"'
+    return f'<svg {box} role="img" aria-label="{escape(alt)}">{"".join(body)}</svg>'

@@ -7,7 +7,8 @@ STYLE = """
 --cam:#f2a444;--refined:#3cc48c;--label:#69a4f5;--network:#b388f2;--miss:240,100,110}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;scroll-padding-top:1rem}
-body{margin:0;background:var(--bg);color:var(--text);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--text);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 header,main{max-width:1180px;margin:0 auto;padding:0 24px}
 header{padding-top:40px}
 h1{font-size:32px;line-height:1.2;margin:.1em 0;letter-spacing:-.02em;overflow-wrap:anywhere}
@@ -53,8 +54,7 @@ svg .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 svg .mark{stroke:var(--card);stroke-width:2}
 .row{border-top:1px solid var(--line)}
 h3+.row,.hint+.row{border-top:0}
-.strip{display:flex;flex-wrap:wrap;gap:10px;padding-bottom:14px}
-.pic{width:150px}
+.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(128px,1fr));gap:10px;padding-bottom:14px}
 .pic img{display:block;width:100%;border-radius:6px;cursor:zoom-in;background:var(--line)}
 .pic figcaption{font-weight:400;margin:4px 0 0;font-size:12px;color:var(--soft);overflow-wrap:anywhere}
 .pic b{color:var(--text);float:right}
@@ -87,9 +87,11 @@ dialog p{margin:8px 0 0;font-size:13px}
 """.replace("\n", "")
 
 SCRIPT = """
-const box=document.querySelector('dialog');
-document.querySelectorAll('.pic img').forEach(i=>{i.tabIndex=0;
-const show=()=>{box.querySelector('img').src=i.src;box.querySelector('img').alt=i.alt;box.querySelector('p').textContent=i.alt;box.showModal()};
-i.addEventListener('click',show);i.addEventListener('keydown',e=>{if(e.key==='Enter')show()})});
+const box=document.querySelector('dialog'),large=box.querySelector('img'),text=box.querySelector('p');
+document.querySelectorAll('.pic img').forEach(small=>{
+small.tabIndex=0;
+const show=()=>{large.src=small.src;large.alt=small.alt;text.textContent=small.alt;box.showModal()};
+small.addEventListener('click',show);
+small.addEventListener('keydown',event=>{if(event.key==='Enter')show()})});
 box.addEventListener('click',()=>box.close());
 """.replace("\n", "")

@@ -44,7 +44,7 @@ class DemoResult(NamedTuple):
 
 
 def demo(
-    out: Path = Path("runs/demo"),  # noqa: B008 (immutable)
+    out: Path = Path("runs/demo"),
     train_images: int = 240,
     val_images: int = 80,
     epochs: int = 14,
@@ -89,7 +89,9 @@ def demo(
     step(5, "writing label PNGs")
     label(out / "refined", out / "labels", workers=workers)
     step(6, "training a segmentation network on these labels")
-    segmenter = segment(learn, out / "segment", out / "labels", DEEPLAB, TrainerConfig(epochs=segment_epochs, **trainer))
+    segmenter = segment(
+        learn, out / "segment", out / "labels", DEEPLAB, TrainerConfig(epochs=segment_epochs, **trainer)
+    )
     assert isinstance(segmenter, Path)
     segment(both, out / "predictions", predict=segmenter, workers=workers)
     step(7, "scoring CAMs, refined CAMs, labels and masks against the truth, which nothing has seen until now")
@@ -100,6 +102,10 @@ def demo(
             mean[stage, data.split] = scores["mean_iou"]["skip"]
     step(8, "writing the report")
     path = report(out)
-    names = {"cams": "CAMs of SFC (from tags)", "labels": "labels (CAMs and CRF)", "predictions": "network (from labels)"}
+    names = {
+        "cams": "CAMs of SFC (from tags)",
+        "labels": "labels (CAMs and CRF)",
+        "predictions": "network (from labels)",
+    }
     table = {name: (mean[stage, "train"], mean[stage, "val"]) for stage, name in names.items()}
     return DemoResult(table, path, time.perf_counter() - start)

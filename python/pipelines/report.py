@@ -38,12 +38,12 @@ MOST_MATRIX = 24  # labels of a confusion matrix that is still shown whole
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass folder of the run: `kind` is the pass's name in its `pass.json`, `images` and `seconds` come from `times.json`."""
+    """A pass folder of the run: `kind` is its pass in `pass.json`; `count` and `seconds` are its `times.json`."""
 
     kind: str
     folder: Path
     config: dict[str, Any]
-    images: int | None
+    count: int | None
     seconds: float | None
 
 
@@ -63,19 +63,13 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An image with all that the run made of it; `iou` is that of the last label map there is."""
+    """An image with all that the run made of it; `labels` and their `iou` by the kind of the pass."""
 
     image_id: str
-    split: str
     item: dict[str, Any]
     cams: CamSet | None
     labels: dict[str, Tensor]
     iou: dict[str, float]
-
-    @property
-    def last_iou(self) -> float | None:
-        """mIoU of the furthest stage."""
-        return list(self.iou.values())[-1] if self.iou else None
 
 
 def report(run: Path, out: Path | None = None, samples: int = 10, failures: int = 6) -> Path:
@@ -137,7 +131,7 @@ def find_passes(run: Path) -> list[Pass]:
 
 
 def find_scores(run: Path, passes: Sequence[Pass]) -> list[Score]:
-    """All `scores.json` below a run's folder, in the order of the pipeline; those of folders that are not the run's are left out."""
+    """All `scores.json` below a run's folder that score its own passes, in the order of the pipeline."""
     kinds = {p.folder.resolve(): p.kind for p in passes}
     scores = []
     for path in sorted(run.rglob("scores.json")):
@@ -191,7 +185,8 @@ def _summary(scores: Sequence[Score]) -> str:
     counts = {score.data.split: score.values["images"] for score in scores}
     head = "".join(f'<th scope="col">{escape(split)}<small>{counts[split]} images</small></th>' for split in splits)
     return (
-        f'<table class="scores"><thead><tr><th scope="col">mIoU, %</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<table class="scores"><thead><tr><th scope="col">mIoU, %</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
         "<p class=hint>Mean over the background and the classes that occur, from one confusion matrix over all pixels. "
         "Each stage sees the tags of an image, but for the network, which sees the image alone.</p>"
     )
@@ -237,9 +232,9 @@ def _threshold_curves(scores: Sequence[Score]) -> str:
     )
     return (
         f'<div class="charts">{_figure("mIoU at every constant background", chart)}'
-        f'<div>{legend([(c.name, c.tone, c.dashed) for c in curves])}<p class=hint>Best of each:</p><ul class="plain">{best}</ul>'
-        "<p class=hint>A pixel is background where no map beats the threshold. A flat top means that the choice matters "
-        "little.</p></div></div>"
+        f"<div>{legend([(c.name, c.tone, c.dashed) for c in curves])}<p class=hint>Best of each:</p>"
+        f"<ul class=plain>{best}</ul><p class=hint>A pixel is background where no map beats the threshold. A flat top "
+        "means that the choice matters little.</p></div></div>"
     )
 
 
@@ -254,8 +249,8 @@ def _examples(groups: dict[str, list[_Ranked]], notes: list[str], samples: int, 
     if not blocks:
         return text
     return (
-        f"{_class_legend(classes)}<p class=hint>At even ranks from the best to the worst image of each list. Numbers are the "
-        f"image's mIoU, %. Click a picture to enlarge it.</p>{text}{''.join(blocks)}"
+        f"{_class_legend(classes)}<p class=hint>At even ranks from the best to the worst image of each list. Numbers "
+        f"are the image's mIoU, %. Click a picture to enlarge it.</p>{text}{''.join(blocks)}"
     )
 
 
@@ -267,8 +262,8 @@ def _failures(groups: dict[str, list[_Ranked]], failures: int, classes: Sequence
     worst = ranked[::-1][:failures]
     name = STAGES[worst[0].stage][0] if worst[0].stage else ""
     return (
-        f"<p class=hint>The images of {escape(worst[0].split)} with the lowest mIoU of the stage “{name}”, worst first.</p>"
-        + "".join(_row(r.load(), classes) for r in worst)
+        f"<p class=hint>The images of {escape(worst[0].split)} with the lowest mIoU of the stage “{name}”, worst first."
+        f"</p>{''.join(_row(r.load(), classes) for r in worst)}"
     )
 
 
@@ -291,8 +286,8 @@ def _confusions(scores: Sequence[Score]) -> str:
     if not blocks:
         return ""
     return (
-        f'<div class="charts">{"".join(blocks)}</div><p class=hint>Rows are the true labels; a row sums to 100 % of that '
-        "label's pixels.</p>"
+        f'<div class="charts">{"".join(blocks)}</div><p class=hint>Rows are the true labels; a row sums to 100 % of '
+        "that label's pixels.</p>"
     )
 
 
@@ -301,14 +296,18 @@ def _matrix(names: Sequence[str], rows: Sequence[Sequence[float]], title: str) -
     body = []
     for t, row in enumerate(rows):
         cells = "".join(
-            f'<td class="{"hit" if t == p else "miss"}" style="--v:{value:.3f}">{f"{100 * value:.0f}" if value >= 0.005 else ""}</td>'
+            f'<td class="{"hit" if t == p else "miss"}" style="--v:{value:.3f}">{_rounded(100 * value)}</td>'
             for p, value in enumerate(row)
         )
         body.append(f'<tr><th scope="row">{escape(names[t])}</th>{cells}</tr>')
     return (
-        f'<div class="scroll"><table class="matrix"><caption class="unseen">{escape(title)}</caption><thead><tr><td></td>{head}'
-        f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll"><table class="matrix"><caption class="unseen">{escape(title)}</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _rounded(percent: float) -> str:
+    return f"{percent:.0f}" if percent >= 0.5 else ""
 
 
 def _training(passes: Sequence[Pass]) -> str:
@@ -355,16 +354,17 @@ def _times(passes: Sequence[Pass]) -> str:
     rows = []
     for p in timed:
         seconds, unit = p.seconds or 0.0, "steps" if p.kind in TRAININGS else "images"
-        rate = f"{(p.images or 0) / seconds:.1f} {unit}/s"
+        rate = f"{(p.count or 0) / seconds:.1f} {unit}/s"
         rows.append(
-            f'<tr><th scope="row">{escape(p.kind)}<small>{escape(p.folder.name)}</small></th><td>{p.images or 0} {unit}</td>'
-            f"<td>{_duration(seconds)}</td><td>{rate}</td>"
+            f'<tr><th scope="row">{escape(p.kind)}<small>{escape(p.folder.name)}</small></th>'
+            f"<td>{p.count or 0} {unit}</td><td>{_duration(seconds)}</td><td>{rate}</td>"
             f'<td class="wide"><span class="bar" style="width:{100 * seconds / total:.1f}%"></span></td></tr>'
         )
     return (
         '<table class="times"><thead><tr><th scope="col">Pass</th><th scope="col">Work</th><th scope="col">Time</th>'
         f'<th scope="col">Rate</th><th scope="col">Share</th></tr></thead><tbody>{"".join(rows)}</tbody>'
-        f'<tfoot><tr><th scope="row">Sum</th><td></td><td>{_duration(total)}</td><td></td><td></td></tr></tfoot></table>'
+        f'<tfoot><tr><th scope="row">Sum</th><td></td><td>{_duration(total)}</td><td colspan="2"></td></tr></tfoot>'
+        "</table>"
     )
 
 
@@ -403,7 +403,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ranked:
-    """An image, its rank's IoU and stage, and how to load the rest, so that a large split need not be held in memory."""
+    """An image, the IoU it is ranked by, the stage of that, and how to load the rest: large splits stay on disk."""
 
     split: str
     iou: float | None
@@ -444,7 +444,7 @@ def _rank(passes: Sequence[Pass], dataset: Images, split: str, image_id: str) ->
         mask = dataset.by_id(image_id).get("mask")
         if mask is not None:
             iou = _image_iou(read_label_png(stage.folder / f"{image_id}.png"), mask, len(dataset.classes) + 1)
-    return _Ranked(split, iou, stage and stage.kind, lambda: _example(passes, dataset, split, image_id))
+    return _Ranked(split, iou, stage and stage.kind, lambda: _example(passes, dataset, image_id))
 
 
 def _image_iou(label: Tensor, mask: Tensor, labels: int) -> float | None:
@@ -456,7 +456,7 @@ def _image_iou(label: Tensor, mask: Tensor, labels: int) -> float | None:
     return None if mean != mean else mean
 
 
-def _example(passes: Sequence[Pass], dataset: Images, split: str, image_id: str) -> Example:
+def _example(passes: Sequence[Pass], dataset: Images, image_id: str) -> Example:
     item = dataset.by_id(image_id)
     cams, labels = None, {}
     for p in passes:
@@ -476,7 +476,7 @@ def _example(passes: Sequence[Pass], dataset: Images, split: str, image_id: str)
             value = _image_iou(label, item["mask"], len(dataset.classes) + 1)
             if value is not None:
                 iou[kind] = value
-    return Example(image_id, split, item, cams if cams is None or cams.size == tuple(size) else None, labels, iou)
+    return Example(image_id, item, cams if cams is None or cams.size == tuple(size) else None, labels, iou)
 
 
 def _row(example: Example, classes: Sequence[str]) -> str:
@@ -542,7 +542,8 @@ def _page(run: Path, sections: Sequence[tuple[str, str, str]]) -> str:
     name, when = escape(run.resolve().name), time.strftime("%Y-%m-%d %H:%M")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>fastcam report: {name}</title><style>{STYLE}</style></head><body>"
         f'<header><p class="brand">fastcam</p><h1>{name}</h1><p>From image-level tags to masks. Written {when}.</p>'
         f'<nav aria-label="Sections">{links}</nav></header><main>{parts}{note}</main>'
