@@ -49,7 +49,7 @@ class Lattice:
         return self.vertex, self.weight, self.neighbour
 
     def filter(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """``x (V, N)`` -> :math:`(V, N)`: splat, blur, slice. ``reverse`` blurs the axes backwards: the exact adjoint."""
+        """``x (V, N)`` -> :math:`(V, N)`: splat, blur, slice. ``reverse`` blurs axes backwards: the exact adjoint."""
         axes, M, _ = self.neighbour.shape
         weight = self.weight.to(x.dtype)
         z = x.new_zeros((M + 1, len(x)))  # the last row stands for absent neighbours
