@@ -142,16 +142,18 @@ FASTCAM_INLINE void stretch_rows(const Plan<T>& plan, int64_t bc, int64_t y0, in
   for (const Group<T>& g : plan.groups)
     for (int64_t i = plan.begin(g, y0); i < plan.end(g, y1); ++i, wide += plan.padded) {
       const int64_t w = g.w;
+      const bool relu = plan.relu;
+      const T scale = plan.scale;
       std::fill(low, low + w, T(0));
       for (const View<T>& view : g.views) {
         const T* row = view.data + (bc * g.h + i) * w;
         if (view.mirrored) {
-          for (int64_t j = 0; j < w; ++j) low[j] += plan.relu && row[w - 1 - j] < 0 ? 0 : row[w - 1 - j];
+          for (int64_t j = 0; j < w; ++j) low[j] += relu && row[w - 1 - j] < 0 ? 0 : row[w - 1 - j];
         } else {
-          for (int64_t j = 0; j < w; ++j) low[j] += plan.relu && row[j] < 0 ? 0 : row[j];
+          for (int64_t j = 0; j < w; ++j) low[j] += relu && row[j] < 0 ? 0 : row[j];
         }
       }
-      for (int64_t j = 0; j < w; ++j) low[j] *= plan.scale;
+      for (int64_t j = 0; j < w; ++j) low[j] *= scale;
       low[w] = low[w - 1];
       stretch(low, g.columns, w, plan.padded, wide);
     }
@@ -174,16 +176,19 @@ FASTCAM_INLINE void find_rows(const Plan<T>& plan, const T* wide, int64_t y0, in
 template <bool MAX, typename T>
 FASTCAM_INLINE void fuse_block(const Between<T>* between, int64_t groups, int64_t x, typename Vector<T>::type* sum) {
   using V = typename Vector<T>::type;
+  for (int64_t k = 0; k < VECTORS; ++k) sum[k] = V{} - (MAX ? std::numeric_limits<T>::infinity() : T(0));
   for (int64_t g = 0; g < groups; ++g) {
     const T *upper = between[g].upper + x, *lower = between[g].lower + x;
+    const T weight = between[g].weight;
     for (int64_t k = 0; k < VECTORS; ++k) {
       const V a = *reinterpret_cast<const V*>(upper + k * Vector<T>::size);
       const V b = *reinterpret_cast<const V*>(lower + k * Vector<T>::size);
-      const V v = a + between[g].weight * (b - a);
-      if (g == 0) {
-        sum[k] = v;
-      } else if (MAX) {
-        sum[k] = (v > sum[k]) | (v != v) ? v : sum[k];  // NaN wins
+      const V v = a + weight * (b - a), so_far = sum[k];
+      if (MAX) {
+        // A comparison with NaN is false, so one of the two is NaN if an operand is. Any other use of a vector
+        // comparison is taken apart by GCC in functions that are built for several instruction sets.
+        const V one = v > so_far ? v : so_far, other = so_far > v ? so_far : v;
+        sum[k] = one * T(0.5) + other * T(0.5);
       } else {
         sum[k] += v;
       }
@@ -199,7 +204,7 @@ FASTCAM_INLINE void fuse_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64
   stretch_rows(plan, bc, y0, y1, low, wide);
   const int64_t groups = plan.groups.size();
   V highest = V{} - std::numeric_limits<T>::infinity(), lowest = -highest;
-  auto is_nan = highest != highest;
+  V total = {};  // shows NaN, which comparisons pass over
   for (int64_t y = y0; y < y1; ++y) {
     find_rows(plan, wide, y0, y1, y, between);
     T* row = out + (bc * plan.H + y) * plan.W;
@@ -209,7 +214,7 @@ FASTCAM_INLINE void fuse_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64
       for (int64_t k = 0; k < VECTORS; ++k) {  // beyond the end of the row the last value is repeated
         highest = sum[k] > highest ? sum[k] : highest;
         lowest = sum[k] < lowest ? sum[k] : lowest;
-        is_nan |= sum[k] != sum[k];
+        total += sum[k];
       }
       if (x + block<T> <= plan.W) {
         for (int64_t k = 0; k < VECTORS; ++k) *reinterpret_cast<V*>(row + x + k * Vector<T>::size) = sum[k];
@@ -224,7 +229,7 @@ FASTCAM_INLINE void fuse_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64
     extremes[1] = std::min(extremes[1], T(lowest[i]));
   }
   for (int64_t i = 0; i < Vector<T>::size; ++i)
-    if (is_nan[i]) extremes[0] = extremes[1] = std::numeric_limits<T>::quiet_NaN();
+    if (std::isnan(total[i])) extremes[0] = extremes[1] = std::numeric_limits<T>::quiet_NaN();
 }
 
 template <typename T>
