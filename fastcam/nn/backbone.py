@@ -14,6 +14,7 @@ from fastcam.errors import FastcamError
 
 PROBE = 64  # side of the image that measures strides; the last stage of a stride-32 network still has 2 x 2 pixels
 STAGES = 4
+OURS = "backbone.net."  # where a method of ours keeps its backbone
 CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 
 
@@ -93,8 +94,8 @@ def create_backbone(
         name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``.
         output_stride: largest stride of the outputs: 8, 16 or 32.
         dilate: whether layers behind a removed stride are dilated.
-        weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or ``None`` for random
-            weights.
+        weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or weights of a trained
+            method, whose backbone is taken; ``None`` for random weights.
         frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no
             gradient.
         frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
@@ -188,7 +189,10 @@ def _freeze(backbone: Backbone, stages: int) -> None:
 def _load(net: nn.Module, name: str, path: Path, unused: set[str]) -> None:
     from fastcam.io import load_weights
 
-    state = {k: v.float() if v.is_floating_point() else v for k, v in load_weights(path)[0].items()}
+    state, saved = load_weights(path)
+    if "method" in saved:  # a trained method of ours: its backbone
+        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if "features.18.0.weight" in state:
         state = {_mobilenet_v2_key(k): v for k, v in state.items()}
     expected = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fastcam.errors import FastcamError
+from fastcam.io import save_weights
+from fastcam.methods import create_method
 from fastcam.nn import create_backbone
 
 timm = pytest.importorskip("timm")
@@ -105,6 +107,15 @@ def test_torchvision_resnet_state_loads_with_its_classifier_ignored(tmp_path):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(reference.fc(backbone(images)[-1].mean(dim=(2, 3))), reference(images))
+
+
+def test_a_trained_method_lends_its_backbone(tmp_path):
+    method = create_method("cam", num_classes=2, backbone="resnet10t")
+    saved = {"method": "cam", "num_classes": 2, "backbone": "resnet10t", "config": {}}
+    save_weights(tmp_path / "w.safetensors", method.export_state_dict(), saved)
+    backbone = create_backbone("resnet10t", weights=tmp_path / "w.safetensors")
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, method.backbone.state_dict()[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
