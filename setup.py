@@ -1,9 +1,11 @@
 """Builds fastcam: Python packages by name, and the compiled modules by a generated ninja file.
 
-``fastcam._C`` (C++) is always built. ``fastcam._C_cuda`` is built where nvcc is found. Neither needs torch. Settings, from the environment:
+``fastcam._C`` (C++) is always built. ``fastcam._C_cuda`` is built where nvcc is found. Neither needs torch. Settings,
+from the environment:
 
 - ``FASTCAM_CUDA``: ``auto`` (default: build if nvcc is found), ``0`` (never), ``1`` (fail without nvcc).
-- ``FASTCAM_CUDA_ARCHS``: compute capabilities, default ``75;80;86;89;90``; the last one is embedded as PTX too, for newer GPUs.
+- ``FASTCAM_CUDA_ARCHS``: compute capabilities, default ``75;80;86;89;90``; the last one is embedded as PTX too, for
+newer GPUs.
 - ``FASTCAM_SANITIZE``: for example ``address,undefined``.
 """
 

@@ -1,6 +1,7 @@
 """Fast kernels and whole pipelines for weakly supervised segmentation.
 
-``import fastcam`` is light: torch and numpy only; Triton, CUDA and the training libraries are imported by what uses them.
+``import fastcam`` is light: torch and numpy only; Triton, CUDA and the training libraries are imported by what uses
+them.
 """
 
 from __future__ import annotations

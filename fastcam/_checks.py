@@ -1,4 +1,5 @@
-"""Argument checks that ops share. They look at shapes, dtypes and devices only: reading values would synchronise a GPU."""
+"""Argument checks that ops share. They look at shapes, dtypes and devices only: reading values would synchronise a
+GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +18,17 @@ def check_same(op: str, **tensors: Tensor) -> None:
     """
     for name, x in tensors.items():
         if x.dtype not in FLOATS:
-            raise TypeError(f"{op}: expected {name} of dtype float32, float16, bfloat16 or float64, got {_name(x.dtype)}")
+            raise TypeError(
+                f"{op}: expected {name} of dtype float32, float16, bfloat16 or float64, got {_name(x.dtype)}"
+            )
     if len({x.dtype for x in tensors.values()}) > 1:
-        raise TypeError(f"{op}: expected one dtype, got {', '.join(f'{n} {_name(x.dtype)}' for n, x in tensors.items())}")
+        raise TypeError(
+            f"{op}: expected one dtype, got {', '.join(f'{n} {_name(x.dtype)}' for n, x in tensors.items())}"
+        )
     if len({x.device for x in tensors.values()}) > 1:
-        raise ValueError(f"{op}: expected one device, got {', '.join(f'{n} on {x.device}' for n, x in tensors.items())}")
+        raise ValueError(
+            f"{op}: expected one device, got {', '.join(f'{n} on {x.device}' for n, x in tensors.items())}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,23 +9,25 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("fastcam", "DEF")
-PACKAGES = {"reference": "reference", "triton": "kernels", "cpp": "native", "cuda": "native"}  # where a backend's launchers live
+# Where the launchers of a backend live.
+PACKAGES = {"reference": "reference", "triton": "kernels", "cpp": "native", "cuda": "native"}
 
 
 def op(schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register one direction of an op as ``torch.ops.fastcam.<name>`` and return it.
 
     Args:
-        schema: ``"<stem>_fwd(Tensor x, ..., str backend) -> Tensor"`` (or ``_bwd``); the last argument names the backend. The work is
-            done by the function ``<stem>_fwd`` of ``fastcam/<package of the backend>/<stem>.py``, called with all arguments but that one.
+        schema: ``"<stem>_fwd(Tensor x, ..., str backend) -> Tensor"`` (or ``_bwd``); the last argument names the
+            backend. The work is done by the function ``<stem>_fwd`` of ``fastcam/<package of the backend>/<stem>.py``,
+            called with all arguments but that one.
         fake: the same signature on fake tensors: gives the outputs' shapes and dtypes.
     """
     name = schema.partition("(")[0]
     stem = name.rpartition("_")[0]
 
     def run(*args: Any) -> Any:
-        *args, backend = args
-        return getattr(import_module(f"fastcam.{PACKAGES[backend]}.{stem}"), name)(*args)
+        module = import_module(f"fastcam.{PACKAGES[args[-1]]}.{stem}")
+        return getattr(module, name)(*args[:-1])
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -1,9 +1,10 @@
 """Which implementation of an op runs, and why the others do not.
 
-Every op lists its candidates best first, each with a predicate on one of its tensors that returns ``None`` or the reason why not. The
-first that may run is taken. A backend asked for by name is never replaced by another: it runs, or :class:`BackendError` says why not.
-Ask for one call (``backend="reference"``), for a block (:func:`use_backend`), or for the process (``FASTCAM_BACKEND=reference`` or
-``FASTCAM_BACKEND=cam_fuse=cpp,crf_mean_field=reference`` in the environment, read at import).
+Every op lists its candidates best first, each with a predicate on one of its tensors that returns ``None`` or the
+reason why not. The first that may run is taken. A backend asked for by name is never replaced by another: it runs, or
+:class:`BackendError` says why not. Ask for one call (``backend="reference"``), for a block (:func:`use_backend`), or
+for the process (``FASTCAM_BACKEND=reference`` or ``FASTCAM_BACKEND=cam_fuse=cpp,crf_mean_field=reference`` in the
+environment, read at import).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _has_cuda = find_spec("fastcam._C_cuda") is not None
 
 @contextlib.contextmanager
 def use_backend(backend: str, *ops: str) -> Iterator[None]:
-    """Use ``backend`` for the named ops (for all ops if none is named) inside the block. Process-wide, not for one thread alone."""
+    """Use ``backend`` for the named ops, or all ops, inside the block. It holds for the process, not for one thread."""
     global _choice
     if backend not in NAMES:
         raise BackendError(f"use_backend: expected one of {', '.join(NAMES)}, got '{backend}'")

@@ -110,7 +110,7 @@ def _prototype_similarity_bwd_prototypes_kernel(
 
 
 def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """``x (B, D, H, W)``, ``p (K, D)`` or ``(B, K, D)`` -> similarity ``(B, K, H, W)``, reciprocal norms of ``x`` ``(B, H, W)``."""
+    """Similarity ``(B, K, H, W)``, and ``1 / max(norm, eps)`` of ``x (B, D, H, W)``: ``(B, H, W)``."""
     B, D, H, W = x.shape
     K, N = p.shape[-2], H * W
     out = x.new_empty((B, K, H, W))
@@ -137,9 +137,7 @@ def prototype_similarity_bwd(
         return grad_x.zero_(), torch.zeros_like(p)
     g, flat, (p_hat, p_norm) = grad.contiguous(), x.flatten(2), _normalize(p, eps)
     size, splits = blocks(K), triton.cdiv(N, SPLIT)
-    tiles_n, tiles_d, tiles_k = (
-        triton.cdiv(n, size[b]) for n, b in ((N, "BLOCK_N"), (D, "BLOCK_D"), (K, "BLOCK_K"))
-    )
+    tiles_n, tiles_d, tiles_k = (triton.cdiv(n, size[b]) for n, b in ((N, "BLOCK_N"), (D, "BLOCK_D"), (K, "BLOCK_K")))
     _prototype_similarity_bwd_features_kernel[(tiles_n, tiles_d, B)](
         g, flat, p_hat, out, r, grad_x, N, D, K, *flat.stride(), _batch_stride(p_hat), eps, RELU=relu, **size
     )

@@ -1,8 +1,9 @@
-"""What every op must satisfy, on every backend. A test class for an op inherits :class:`OpTester` and describes its inputs.
+"""What every op must satisfy, on every backend. A test class for an op inherits :class:`OpTester` and describes its
+inputs.
 
-The tolerance is a policy, not a number: the expected value is the float64 reference on inputs already rounded to the tested dtype;
-allowed is twice the error of the reference run in that dtype, plus 1e-10 / 1e-5 / 2e-3 / 1.6e-2 (float64 / 32 / 16 / bfloat16) of the
-root mean square of the expected value. NaN fails.
+The tolerance is a policy, not a number: the expected value is the float64 reference on inputs already rounded to the
+tested dtype; allowed is twice the error of the reference run in that dtype, plus 1e-10 / 1e-5 / 2e-3 / 1.6e-2 (float64
+/ 32 / 16 / bfloat16) of the root mean square of the expected value. NaN fails.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TARGETS = ((80, "sm_80"), (90, "sm_90"), (100, "sm_100"), (120, "sm_120"))  # Am
 def assert_within_policy(
     actual: Tensor, exact: Tensor, reference: Tensor, dtype: torch.dtype, what: str = "result"
 ) -> None:
-    """``actual`` and ``reference`` were computed from inputs in ``dtype``; ``exact`` in float64 from the same inputs."""
+    """``actual`` and ``reference`` come from inputs in ``dtype``, ``exact`` from the same inputs in float64."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, expected {reference.dtype}"
     if exact.numel() == 0:
@@ -74,7 +75,9 @@ class OpTester:
         out.backward(weight)
         return [t.grad for t in flat if isinstance(t, Tensor) and t.requires_grad]
 
-    def compare(self, run: Callable[..., list[Tensor]], case: Any, dtype: torch.dtype, device: str, backend: str) -> None:
+    def compare(
+        self, run: Callable[..., list[Tensor]], case: Any, dtype: torch.dtype, device: str, backend: str
+    ) -> None:
         args, kwargs = self.inputs(case, dtype, device)
         actual = run(args, kwargs, backend)
         exact = run(cast(args, torch.float64), cast(kwargs, torch.float64), "reference")
@@ -195,7 +198,8 @@ def compile_for_gpus(kernel: Any, signature: dict[str, str], constants: dict[str
 
     Args:
         kernel: the ``@triton.jit`` function.
-        signature: argument name -> Triton type (``"*fp32"``, ``"i32"``, ``"fp32"``) of all arguments that are not constants.
+        signature: argument name -> Triton type (``"*fp32"``, ``"i32"``, ``"fp32"``) of all arguments that are not
+            constants.
         constants: the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
     """

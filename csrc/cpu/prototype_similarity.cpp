@@ -6,6 +6,7 @@
 #include "cpu/ops.h"
 #include "multiversion.h"
 #include "parallel.h"
+#include "vector.h"
 
 namespace fastcam {
 namespace {
@@ -13,12 +14,6 @@ namespace {
 constexpr int64_t TILE = 128;  // pixels that one task handles: a tile of x, of the sums and of their weights stay in L1
 constexpr int64_t ROWS = 32;   // features, or prototypes, gathered at a time
 constexpr int64_t BLOCK = 4;   // results a register block holds, times two vectors of pixels
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(64), aligned(4), may_alias));
-  static constexpr int64_t size = 64 / sizeof(T);
-};
 
 template <typename T>
 constexpr int64_t padded(T n) {

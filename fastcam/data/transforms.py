@@ -1,6 +1,7 @@
 """Joint transforms of items: image, mask and the mask of valid pixels change together.
 
-All randomness comes from torch's global generator, so that whoever seeds it (the train pass does) repeats a transform exactly.
+All randomness comes from torch's global generator, so that whoever seeds it (the train pass does) repeats a transform
+exactly.
 """
 
 from collections.abc import Callable, Sequence

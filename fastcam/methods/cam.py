@@ -87,8 +87,8 @@ class CAM(nn.Module):
     def fused_cams(self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None) -> FusedCams:
         """Maps of several scales and their mirror images, fused as IRN's ``make_cam`` does: no background.
 
-        At the size of one of the views, whole cells of the output stride are resized and the rest is cut (``high_res``); at any other size
-        the maps are resized to just that (``cam``, at stride 4).
+        At the size of one of the views, whole cells of the output stride are resized and the rest is cut
+        (``high_res``); at any other size the maps are resized to just that (``cam``, at stride 4).
         """
         full = any(view.shape[-2:] == tuple(size) for view in views)
         return fuse_views(self.cams, views, size, tags, multiple=self.config.output_stride if full else 1)

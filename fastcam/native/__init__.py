@@ -1,0 +1,1 @@
+"""Launchers that hand pointers to the compiled modules."""

@@ -9,7 +9,7 @@ from fastcam import _C
 
 
 def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """``x (B, D, H, W)``, ``p (K, D)`` or ``(B, K, D)`` -> similarity ``(B, K, H, W)``, reciprocal norms of ``x`` ``(B, H, W)``."""
+    """Similarity ``(B, K, H, W)``, and ``1 / max(norm, eps)`` of ``x (B, D, H, W)``: ``(B, H, W)``."""
     work = torch.promote_types(x.dtype, torch.float32)
     B, D, H, W = x.shape
     K = p.shape[-2]

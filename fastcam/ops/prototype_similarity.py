@@ -58,7 +58,8 @@ def prototype_similarity(
 
     .. math:: s_{bkn} = \frac{x_{bn} \cdot p_{bk}}{\max(\|x_{bn}\|, \epsilon)\,\max(\|p_{bk}\|, \epsilon)}
 
-    Cost: one read of ``features``, one write of the result, B H W (K + 1) D multiply-adds; no copy of the features. Differentiable in
+    Cost: one read of ``features``, one write of the result, B H W (K + 1) D multiply-adds; no copy of the features.
+        Differentiable in
     both tensors.
 
     Args:
@@ -69,7 +70,8 @@ def prototype_similarity(
         backend: ``"triton"``, ``"cpp"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
-        Similarities :math:`(B, K, H, W)` in the dtype of ``features``; sums are taken in float32. Zero features and zero prototypes give 0.
+        Similarities :math:`(B, K, H, W)` in the dtype of ``features``; sums are taken in float32. Zero features and
+        zero prototypes give 0.
 
     Raises:
         ValueError: shapes that do not fit, two devices, an unknown activation, ``eps`` not positive.

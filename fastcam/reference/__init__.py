@@ -1,0 +1,1 @@
+"""Every op in plain PyTorch: its specification, fallback and oracle."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """``x (B, D, H, W)``, ``p (K, D)`` or ``(B, K, D)`` -> similarity ``(B, K, H, W)``, reciprocal norms of ``x`` ``(B, H, W)``."""
+    """Similarity ``(B, K, H, W)``, and ``1 / max(norm, eps)`` of ``x (B, D, H, W)``: ``(B, H, W)``."""
     work = torch.promote_types(x.dtype, torch.float32)
     x_norm = torch.linalg.vector_norm(x, dim=1, dtype=work)
     r = 1 / x_norm.clamp_min(eps)
@@ -19,7 +19,10 @@ def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tu
 def prototype_similarity_bwd(
     grad: Tensor, x: Tensor, p: Tensor, out: Tensor, r: Tensor, relu: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``p``. With x_hat = x r: d(x_hat . p_hat)/dx = r (p_hat - x_hat s), and r p_hat where |x| <= eps; p alike."""
+    """Gradients of ``x`` and ``p``.
+
+    With x_hat = x r: d(x_hat . p_hat) / dx = r (p_hat - x_hat s), and r p_hat where |x| <= eps; p alike.
+    """
     work = r.dtype
     x_hat = (x.to(work) * r[:, None]).flatten(2)
     s, g, r_flat = out.to(work).flatten(2), grad.to(work).flatten(2), r.flatten(1)[:, None]

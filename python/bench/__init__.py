@@ -1,0 +1,1 @@
+"""Microbenchmarks: ``python -m fastcam.bench``."""

@@ -1,7 +1,8 @@
 """Measures the cases that ``fastcam/bench/<op>.py`` declares.
 
-One run interleaves all runners of a case round by round, so that a machine whose speed drifts slows them alike; medians and quartiles are
-reported, and ratios are medians of the ratios of each round. A runner is timed only after its result agreed with ``expected``.
+One run interleaves all runners of a case round by round, so that a machine whose speed drifts slows them alike; medians
+and quartiles are reported, and ratios are medians of the ratios of each round. A runner is timed only after its result
+agreed with ``expected``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     machine = describe_machine(args.device)
     print(", ".join(f"{k}: {v}" for k, v in machine.items()))
-    report: dict[str, Any] = {"machine": machine, "command": " ".join(["python -m fastcam.bench", *(argv or sys.argv[1:])])}
+    report: dict[str, Any] = {
+        "machine": machine,
+        "command": " ".join(["python -m fastcam.bench", *(argv or sys.argv[1:])]),
+    }
     report["cases"] = []
     for op in args.ops or ops:
         for case in import_module(f"fastcam.bench.{op}").cases(args.device):
@@ -98,7 +102,11 @@ def measure(case: Case, device: str, rounds: int, machine: dict[str, Any]) -> di
     rows = {}
     for name, seconds in times.items():
         low, median, high = quartiles(seconds)
-        rows[name] = {"median ms": median * 1e3, "quartiles ms": [low * 1e3, high * 1e3], "allocated MB": allocated(runners[name], device)}
+        rows[name] = {
+            "median ms": median * 1e3,
+            "quartiles ms": [low * 1e3, high * 1e3],
+            "allocated MB": allocated(runners[name], device),
+        }
         if ours and name != ours:
             rows[name]["times ours"] = statistics.median(a / b for a, b in zip(seconds, times[ours], strict=True))
     return {"case": case.name, "floor ms": floor * 1e3, "runners": rows, "notes": notes}
@@ -123,7 +131,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def largest_difference(a: Any, b: Any) -> float:
-    """Largest absolute difference of two tensors or sequences of tensors; infinite where shapes differ or a value is NaN."""
+    """Largest absolute difference of two tensors or sequences of tensors; infinite where shapes differ or a value is
+    NaN."""
     if isinstance(a, torch.Tensor):
         if a.shape != b.shape:
             return float("inf")
@@ -154,7 +163,8 @@ def allocated(run: Callable[[], Any], device: str) -> float:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Hides what native code writes to standard error: some builds of torch's profiler announce every start and stop there."""
+    """Hides what native code writes to standard error: some builds of torch's profiler announce every start and stop
+    there."""
     before = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -167,7 +177,8 @@ def silent_stderr() -> Iterator[None]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Hardware, versions, and the two ceilings as measured now: bandwidth of a large copy, rate of a large float32 product."""
+    """Hardware, versions, and the two ceilings as measured now: bandwidth of a large copy, rate of a large float32
+    product."""
     source = torch.rand(2**28 if device == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     a = torch.randn(4096 if device == "cuda" else 2048, 4096 if device == "cuda" else 2048, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ def normalized_einsum(x: Tensor, p: Tensor) -> Tensor:
 
 
 def convolution(x: Tensor, p: Tensor) -> Tensor:
-    """1x1 convolution with unit prototypes, divided by the features' norms afterwards: the fastest form in plain torch."""
+    """1x1 convolution with unit prototypes, divided by the features' norms: the fastest form in plain torch."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
     return F.relu(F.conv2d(x, F.normalize(p, dim=1)[:, :, None, None]) / norm)
 
@@ -24,6 +26,11 @@ def convolution(x: Tensor, p: Tensor) -> Tensor:
 def broadcast(x: Tensor, p: Tensor) -> Tensor:
     """``F.cosine_similarity`` on broadcast tensors, as seen in users' code."""
     return F.relu(F.cosine_similarity(x[:, None], p[None, :, :, None, None], dim=2))
+
+
+def ours_relu(x: Tensor, p: Tensor) -> Tensor:
+    """The op."""
+    return prototype_similarity(x, p, activation="relu")
 
 
 def cases(device: str) -> CaseIterator:
@@ -41,7 +48,7 @@ def cases(device: str) -> CaseIterator:
         }
         if K == 21 and D * size * size < 2**22:
             forms["cosine_similarity, broadcast"] = broadcast
-        ours = {"fastcam": lambda x=x, p=p: prototype_similarity(x, p, activation="relu")}
+        ours = {"fastcam": lambda x=x, p=p: ours_relu(x, p)}
         if device == "cuda":
             ours["fastcam triton"] = lambda x=x, p=p: prototype_similarity(x, p, activation="relu", backend="triton")
         yield Case(
@@ -54,14 +61,16 @@ def cases(device: str) -> CaseIterator:
         if K == 21:
             weight = torch.randn(batch, K, size, size, generator=g).to(device)
 
-            def both(f, x: Tensor = x, p: Tensor = p, weight: Tensor = weight) -> tuple[Tensor, ...]:
+            def both(
+                form: Callable[..., Tensor], x: Tensor = x, p: Tensor = p, weight: Tensor = weight
+            ) -> tuple[Tensor, ...]:
                 x, p = x.detach().requires_grad_(), p.detach().requires_grad_()
-                return torch.autograd.grad(f(x, p), (x, p), weight)
+                return torch.autograd.grad(form(x, p), (x, p), weight)
 
             yield Case(
                 name=f"B {batch}, D {D}, {size} x {size}, K {K}, float32, forward and backward",
                 runners={
-                    "fastcam": lambda both=both: both(lambda x, p: prototype_similarity(x, p, activation="relu")),
+                    "fastcam": lambda both=both: both(ours_relu),
                     **{name: lambda f=f, both=both: both(f) for name, f in forms.items()},
                 },
                 expected=lambda both=both: both(normalized_einsum),

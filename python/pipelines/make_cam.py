@@ -117,4 +117,3 @@ def make_cam(
         return ordered_map(write, map(compute, ordered_map(read, ids, workers)), workers)
 
     return run_pass("make-cam", out, ".npz", dataset.ids, work)
-

@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is the interpreter's own process")
 def test_every_triton_kernel_passes_its_op_tests_in_the_interpreter():
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "interpret", "-p", "no:cacheprovider", str(ROOT / "tests" / "ops")],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpret", "-p", "no:cacheprovider", "tests/ops"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", run.stdout)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert passed, run.stdout[-2000:]
@@ -32,11 +31,8 @@ def test_cuda_source_compiles_for_several_gpu_generations(source, tmp_path):
         pytest.skip("nvcc not found")
     for capability in (75, 80, 90):
         out = tmp_path / f"{capability}.cubin"
-        subprocess.run(
-            [nvcc, "-std=c++17", "-Werror", "all-warnings", "-cubin", f"-arch=sm_{capability}", "-I", str(ROOT / "csrc"),
-             str(ROOT / "csrc" / "cuda" / source), "-o", str(out)],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
+        flags = ["-std=c++17", "-Werror", "all-warnings", "-cubin", f"-arch=sm_{capability}", "-I", "csrc"]
+        subprocess.run([nvcc, *flags, f"csrc/cuda/{source}", "-o", str(out)], check=True, cwd=ROOT)
         assert out.stat().st_size > 0
 
 

@@ -11,7 +11,7 @@ class TestPrototypeSimilarity(OpTester):
     op = staticmethod(prototype_similarity)
     candidates = CANDIDATES
     # (B, D, H, W, K, a set of prototypes for each image); 33, 5 x 7 and 21 are no multiple of a block
-    cases = [(0, 3, 2, 2, 4, False), (1, 1, 1, 1, 1, False), (2, 33, 5, 7, 21, False), (3, 130, 9, 31, 5, True)]
+    cases = ((0, 3, 2, 2, 4, False), (1, 1, 1, 1, 1, False), (2, 33, 5, 7, 21, False), (3, 130, 9, 31, 5, True))
     small = (2, 5, 2, 3, 4, True)
 
     def inputs(self, case, dtype, device):
@@ -35,7 +35,10 @@ class TestPrototypeSimilarity(OpTester):
         weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(device)
         actual = prototype_similarity(x, p, activation="relu", backend=backend)
         torch.testing.assert_close(
-            torch.autograd.grad(actual, (x, p), weight), torch.autograd.grad(expected, (x, p), weight), rtol=1e-4, atol=1e-6
+            torch.autograd.grad(actual, (x, p), weight),
+            torch.autograd.grad(expected, (x, p), weight),
+            rtol=1e-4,
+            atol=1e-6,
         )
 
     def test_zero_feature_and_zero_prototype_give_zero_and_finite_gradients(self, device, backend):
