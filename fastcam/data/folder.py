@@ -53,6 +53,11 @@ class FolderDataset(Dataset[dict[str, Any]]):
         self.ids = list(self._files)
         self.tags: Tensor | None = None if tags is None else load_tags(tags, self.ids, self.classes)
 
+    @property
+    def has_tags(self) -> bool:
+        """Whether items have tags."""
+        return self.tags is not None
+
     def __len__(self) -> int:
         return len(self.ids)
 

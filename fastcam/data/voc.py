@@ -30,7 +30,7 @@ class VOCDataset(Dataset[dict[str, Any]]):
         classes: C names, all or some of the data set's. Class k of this list has label k + 1; mask labels of the data
             set's other classes become 255, and their tags do not count.
         tags: `"mask"` (the classes in the mask), `"xml"` (`Annotations/`), or a `.csv` or `.npy` path, absolute or
-            below `root`.
+            below `root`; `None` for items without tags.
         masks: folder of palette PNGs, absolute or below `root`; `None` for images without masks.
         transform: takes and returns an item, see `fastcam.data.transforms`.
         max_pixels: larger images are refused.
@@ -50,7 +50,7 @@ class VOCDataset(Dataset[dict[str, Any]]):
         split: str | os.PathLike[str],
         *,
         classes: Sequence[str] = VOC_CLASSES,
-        tags: str | os.PathLike[str] = "mask",
+        tags: str | os.PathLike[str] | None = "mask",
         masks: str | os.PathLike[str] | None = "SegmentationClass",
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -65,7 +65,9 @@ class VOCDataset(Dataset[dict[str, Any]]):
         self._masks = None if masks is None else _find(self.root / masks, self.ids, (".png",), "mask")
         if tags == "mask" and masks is None:
             raise FastcamError("tags='mask' needs masks, got masks=None; choose tags='xml' or the path of a tag file")
-        self._tags = tags if tags in ("mask", "xml") else load_tags(self.root / tags, self.ids, self.classes)
+        self._tags = (
+            tags if tags is None or tags in ("mask", "xml") else load_tags(self.root / tags, self.ids, self.classes)
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,7 +77,7 @@ class VOCDataset(Dataset[dict[str, Any]]):
 
         Returns:
             `"image"` uint8 `tv_tensors.Image (3, H, W)`; `"mask"` uint8 `tv_tensors.Mask (H, W)` where there is one;
-            `"tags"` float32 `(C,)`; `"id"` str.
+            `"tags"` float32 `(C,)` unless `tags` is `None`; `"id"` str.
         """
         image = torch.from_numpy(read_image(self._images[index], max_pixels=self.max_pixels)).permute(2, 0, 1)
         item: dict[str, Any] = {"image": tv_tensors.Image(image.contiguous())}
@@ -88,15 +90,27 @@ class VOCDataset(Dataset[dict[str, Any]]):
                     f"{image.shape[2]} x {image.shape[1]}; make them the same size"
                 )
             item["mask"] = tv_tensors.Mask(mask)
-        item |= {"tags": self._tags_of(index, mask), "id": self.ids[index]}
+        if self._tags is not None:
+            item["tags"] = self._tags_of(index, mask)
+        item["id"] = self.ids[index]
         return item if self.transform is None else self.transform(item)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def has_tags(self) -> bool:
+        """Whether items have tags, told without reading them."""
+        return self._tags is not None
+
     @cached_property
-    def tags(self) -> Tensor:
-        """Tags of all images, float32 `(len, C)`. With `tags="mask"` the first use reads every mask."""
+    def tags(self) -> Tensor | None:
+        """Tags of all images, float32 `(len, C)`, or `None` where none were asked for.
+
+        With `tags="mask"` the first use reads every mask.
+        """
+        if self._tags is None:
+            return None
         return torch.stack([self._tags_of(index) for index in range(len(self))])
 
     def _tags_of(self, index: int, mask: Tensor | None = None) -> Tensor:

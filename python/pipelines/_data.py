@@ -75,7 +75,7 @@ class Images(Dataset[dict[str, Any]]):
     @property
     def tags_known(self) -> bool:
         """Whether items have tags, told without reading them."""
-        return all(not isinstance(part, FolderDataset) or part.tags is not None for part in self.parts)
+        return all(part.has_tags for part in self.parts)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +91,12 @@ class Images(Dataset[dict[str, Any]]):
 
 
 def open_data(
-    data: Data, classes: Sequence[str] | None = None, *, masks: bool = False, transform: Transform | None = None
+    data: Data,
+    classes: Sequence[str] | None = None,
+    *,
+    masks: bool = False,
+    need_tags: bool = True,
+    transform: Transform | None = None,
 ) -> Images:
     """Opens a data set.
 
@@ -99,6 +104,7 @@ def open_data(
         data: where it is.
         classes: what is known of the classes from elsewhere; `data.classes`, if given, must agree.
         masks: whether masks are wanted; else they are only read where tags come from them.
+        need_tags: whether tags are needed; else they are only read where `data.tags` names them.
         transform: of the items.
 
     Raises:
@@ -123,7 +129,7 @@ def open_data(
     if names is None:
         own = Path(root, "classes.txt")
         names = load_class_list(own) if own.is_file() else VOC_CLASSES
-    tags = data.tags or "mask"
+    tags = data.tags or ("mask" if need_tags else None)
     folder = data.masks if masks or tags == "mask" else None
     splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
     return Images([VOCDataset(root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)

@@ -135,7 +135,7 @@ def refine(
         power: score of the background is (1 - largest CAM)^power. Neither: the CAMs' own background.
         workers: images that are worked on at the same time.
     """
-    dataset = open_data(data, folder_classes(cams))
+    dataset = open_data(data, folder_classes(cams), need_tags=False)
     record: dict[str, Any] = {"pass": "refine", "how": how, "crf": crf.resolved()}
     record |= {"background": background, "power": power, **input_record(cams, "make-cam")}
     open_pass(out, record)

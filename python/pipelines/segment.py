@@ -119,6 +119,7 @@ def predict_masks(
     out: Path,
     scales: tuple[float, ...],
     flip: bool,
+    known_tags: bool,
     crf: Crf | None,
     device: str,
     workers: int,
@@ -127,19 +128,25 @@ def predict_masks(
     if not scales or min(scales) <= 0:
         raise FastcamError(f"scales are {scales}, expected positive numbers")
     record = {"pass": "predict", "weights": file_fingerprint(weights), "scales": scales, "flip": flip}
+    record["known_tags"] = known_tags
     record["crf"] = crf and crf.resolved()
     network, classes = load_trained(weights, "segmenter")
-    dataset = open_data(data, classes)
+    dataset = open_data(data, classes, need_tags=known_tags)
+    if known_tags and not dataset.tags_known:
+        raise FastcamError(f"known_tags needs tags, and the images in {data.images} have none; give data.tags")
     network.to(pick_device(device))
     open_pass(out, {**record, "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
-    def read(image_id: str) -> tuple[str, Tensor, list[Tensor]]:
-        image = dataset.by_id(image_id)["image"].as_subclass(Tensor)
-        return image_id, image, views_of(image)
+    def read(image_id: str) -> tuple[str, Tensor, list[Tensor], Tensor]:
+        item = dataset.by_id(image_id)
+        image = item["image"].as_subclass(Tensor)
+        allowed = item["tags"] > 0 if known_tags else torch.ones(len(classes), dtype=torch.bool)
+        return image_id, image, views_of(image), torch.cat([torch.ones(1, dtype=torch.bool), allowed])
 
-    def compute(job: tuple[str, Tensor, list[Tensor]]) -> tuple[str, Tensor, Tensor]:
-        return job[0], job[1], image_probabilities(network, job[2], job[1].shape[1:], flip)
+    def compute(job: tuple[str, Tensor, list[Tensor], Tensor]) -> tuple[str, Tensor, Tensor]:
+        image_id, image, views, allowed = job
+        return image_id, image, image_probabilities(network, views, image.shape[1:], flip) * allowed[:, None, None]
 
     def write(done: tuple[str, Tensor, Tensor]) -> None:
         image_id, image, p = done
@@ -161,6 +168,7 @@ def segment(
     predict: Path | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = True,
+    known_tags: bool = False,
     crf: Crf | None = None,
     device: str = "auto",
     workers: int = 2,
@@ -179,6 +187,7 @@ def segment(
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose probabilities are averaged, for predict.
         flip: average over mirror images too, for predict.
+        known_tags: keep masks to the classes among the image's tags, as CAMs are, for predict.
         crf: CRF on the probabilities, for predict; crf.preset deeplab is usual.
         device: auto, cpu or cuda, for predict.
         workers: threads that read images and write masks, for predict.
@@ -186,7 +195,7 @@ def segment(
     if (labels is None) == (predict is None):
         raise FastcamError("expected either labels (to train) or predict (weights, to write masks); give one of them")
     if predict is not None:
-        return predict_masks(data, predict, out, scales, flip, crf, device, workers)
+        return predict_masks(data, predict, out, scales, flip, known_tags, crf, device, workers)
     if method is None or "name" not in method:
         raise FastcamError("method.name is missing; give the name of a segmenter, such as deeplab")
     assert labels is not None

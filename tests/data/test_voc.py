@@ -71,6 +71,13 @@ def test_without_masks_the_image_alone_is_read(root):
     assert "mask" not in item and item["tags"].sum() == 2
 
 
+def test_without_tags_items_have_none_and_no_tag_file_is_read(root):
+    (root / "tags.csv").unlink()
+    dataset = VOCDataset(root, "train", tags=None, masks=None)
+    assert not dataset.has_tags and dataset.tags is None
+    assert set(dataset[0]) == {"image", "id"}
+
+
 def test_list_by_path_with_further_columns(root):
     (root / "list.txt").write_text("/JPEGImages/b.jpg /SegmentationClassAug/b.png\n\na 1\n")
     assert VOCDataset(root, root / "list.txt").ids == ["b", "a"]

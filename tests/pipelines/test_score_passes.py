@@ -12,6 +12,7 @@ from fastcam.errors import FastcamError
 from fastcam.io import CamSet, load_cams, open_pass, read_label_png, save_cams, write_label_png
 from fastcam.metrics import ConfusionMatrix, mean_iou
 from fastcam.pipelines import segment as segment_module
+from fastcam.pipelines._data import Data
 from fastcam.pipelines.evaluate import evaluate, table
 from fastcam.pipelines.label import Rule, label_image
 from fastcam.pipelines.refine import Crf, crf_scores
@@ -149,6 +150,17 @@ class TestSegment:
                     p = torch.nn.functional.interpolate(logits, (48, 48), mode="bilinear").softmax(1)[0]
                     total += p.flip(-1) if mirrored else p
         assert torch.equal(read_label_png(tmp_path / "masks" / "val_0001.png").long(), total.argmax(0))
+
+    def test_known_tags_keep_masks_to_the_classes_among_them(self, root, data, segmenter, tmp_path):
+        source = dataclasses.replace(data, split="val")
+        segment(source, tmp_path, predict=segmenter, known_tags=True)
+        for item in VOCDataset(root, "val", classes=CLASSES, tags="image_labels.csv", masks=None):
+            allowed = {0, *(item["tags"].nonzero().flatten() + 1).tolist()}
+            assert set(read_label_png(tmp_path / f"{item['id']}.png").unique().tolist()) <= allowed
+
+    def test_known_tags_without_tags_are_refused(self, root, segmenter, tmp_path):
+        with pytest.raises(FastcamError, match=r"known_tags needs tags, and the images in .* have none"):
+            segment(Data(images=str(root / "JPEGImages")), tmp_path, predict=segmenter, known_tags=True)
 
     def test_crf_works_on_the_probabilities(self, root, data, segmenter, tmp_path):
         crf = Crf(preset="deeplab", iterations=2)
