@@ -1,5 +1,6 @@
-// FASTCAM_MULTIVERSION before a function compiles its plain loops for several instruction sets; the best one is chosen when
-// the module is loaded. What such a function calls must be FASTCAM_INLINE, or it runs at the lowest instruction set.
+// FASTCAM_MULTIVERSION before a function compiles its plain loops for several instruction sets; the best one is chosen
+// when the module is loaded. What such a function calls must be FASTCAM_INLINE, or it runs at the lowest instruction
+// set.
 #pragma once
 
 #define FASTCAM_INLINE inline __attribute__((always_inline))

@@ -77,7 +77,8 @@ class Pool {
   std::exception_ptr error_;
 };
 
-// Never destroyed: its threads may still wait while the process exits. A forked child has none of them and starts a new pool.
+// Never destroyed: its threads may still wait while the process exits. A forked child has none of them and starts a new
+// pool.
 Pool* pool = new Pool;
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 thread_local bool inside = false;

@@ -1,4 +1,5 @@
-// Cosine similarity of N features with K prototypes: x (B, D, N), p_hat (K, D) or (B, K, D) already of unit length, out (B, K, N).
+// Cosine similarity of N features with K prototypes: x (B, D, N), p_hat (K, D) or (B, K, D) already of unit length, out
+// (B, K, N).
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -48,7 +49,8 @@ FASTCAM_INLINE void multiply(const T* a, const T* b, T* sums, int64_t depth) {
     for (int i = 0; i < BLOCK; ++i)
       for (int j = 0; j < 2; ++j) s[i][j] = *reinterpret_cast<const V*>(sums + i * TILE + n + j * W);
     for (int64_t d = 0; d < depth; ++d) {
-      const V b0 = *reinterpret_cast<const V*>(b + d * TILE + n), b1 = *reinterpret_cast<const V*>(b + d * TILE + n + W);
+      const V b0 = *reinterpret_cast<const V*>(b + d * TILE + n),
+              b1 = *reinterpret_cast<const V*>(b + d * TILE + n + W);
       for (int i = 0; i < BLOCK; ++i) {
         s[i][0] += a[d * BLOCK + i] * b0;
         s[i][1] += a[d * BLOCK + i] * b1;
@@ -59,7 +61,8 @@ FASTCAM_INLINE void multiply(const T* a, const T* b, T* sums, int64_t depth) {
   }
 }
 
-// Similarities of the `count` <= TILE pixels from x and out on, whose rows are N apart. `sums` holds padded(K) * TILE numbers.
+// Similarities of the `count` <= TILE pixels from x and out on, whose rows are N apart. `sums` holds padded(K) * TILE
+// numbers.
 template <typename T>
 FASTCAM_INLINE void similarity_tile(const T* x, const T* p_blocks, T* out, T* r, T* sums, int64_t count, int64_t D,
                                     int64_t N, int64_t K, bool relu, T eps) {
@@ -100,8 +103,8 @@ FASTCAM_MULTIVERSION void similarity_tile_f64(const double* x, const double* p, 
 }
 
 // Gradient of x, and weights = r * (gradient of the similarity before activation), for `count` <= TILE pixels.
-// grad_x = sum_k p_hat_k weights_k - x r^2 sum_k grad_k s_k; the last term falls away where eps was the divisor. `tile` holds
-// K * TILE numbers.
+// grad_x = sum_k p_hat_k weights_k - x r^2 sum_k grad_k s_k; the last term falls away where eps was the divisor. `tile`
+// holds K * TILE numbers.
 template <typename T>
 FASTCAM_INLINE void gradient_tile(const T* grad, const T* x, const T* p_blocks, const T* out, const T* r, T* grad_x,
                                   T* weights, T* tile, int64_t count, int64_t D, int64_t N, int64_t K, bool relu,
@@ -121,8 +124,7 @@ FASTCAM_INLINE void gradient_tile(const T* grad, const T* x, const T* p_blocks, 
     std::fill(sums, sums + BLOCK * TILE, T(0));
     multiply(p_blocks + d0 * K, tile, sums, K);
     for (int64_t d = d0; d < std::min(D, d0 + BLOCK); ++d)
-      for (int64_t n = 0; n < count; ++n)
-        grad_x[d * N + n] = sums[(d - d0) * TILE + n] - x[d * N + n] * radial[n];
+      for (int64_t n = 0; n < count; ++n) grad_x[d * N + n] = sums[(d - d0) * TILE + n] - x[d * N + n] * radial[n];
   }
 }
 
@@ -137,7 +139,8 @@ FASTCAM_MULTIVERSION void gradient_tile_f64(const double* grad, const double* x,
   gradient_tile(grad, x, p, out, r, grad_x, weights, tile, count, D, N, K, relu, eps);
 }
 
-// grad_p_hat[k, d] (+)= sum_n weights[k, n] x[d, n] for `rows` <= BLOCK rows of x. One vector of partial sums a pair (k, d).
+// grad_p_hat[k, d] (+)= sum_n weights[k, n] x[d, n] for `rows` <= BLOCK rows of x. One vector of partial sums a pair
+// (k, d).
 template <typename T>
 FASTCAM_INLINE void prototype_gradient(const T* weights, const T* x, T* grad_p_hat, int64_t rows, int64_t D, int64_t N,
                                        int64_t K, bool add) {

@@ -116,7 +116,7 @@ class StepModule(LightningModule):
 
     def __init__(self, method: Any, config: TrainerConfig, total: int) -> None:
         super().__init__()
-        self.method = method
+        self.method = method.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast on CPU and GPU
         self.settings = config
         self.total = total
         self.step = 0
@@ -143,6 +143,7 @@ class StepModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's step. Remembers the first step whose loss is not finite, without waiting for the device."""
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
         scalars = self.method.training_step(batch)
         loss = scalars["loss"]
         self.scalars = {name: value.detach() for name, value in scalars.items()}
