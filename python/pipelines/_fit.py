@@ -116,7 +116,7 @@ class StepModule(LightningModule):
 
     def __init__(self, method: Any, config: TrainerConfig, total: int) -> None:
         super().__init__()
-        self.method = method.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast on CPU and GPU
+        self.method = method.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
         self.settings = config
         self.total = total
         self.step = 0

@@ -98,7 +98,7 @@ def make_cam(
     tagged = dataset.tags_known
     if not tagged:
         record["tag_threshold"] = tag_threshold
-    network.to(pick_device(device))
+    network.to(pick_device(device), memory_format=torch.channels_last)
     open_pass(out, {**record, "tags": "given" if tagged else "predicted", "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 

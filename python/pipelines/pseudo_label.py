@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastcam.data import multi_scale
@@ -72,7 +73,7 @@ def pseudo_label(
     dataset = open_data(Data(images=str(images), tags=None if labels is None else str(labels.absolute())), classes)
     if labels is None:
         record["tag_threshold"] = tag_threshold
-    network.to(pick_device(device))
+    network.to(pick_device(device), memory_format=torch.channels_last)
     open_pass(out, {**record, "tags": "given" if labels else "predicted", "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 

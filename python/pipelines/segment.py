@@ -134,7 +134,7 @@ def predict_masks(
     dataset = open_data(data, classes, need_tags=known_tags)
     if known_tags and not dataset.tags_known:
         raise FastcamError(f"known_tags needs tags, and the images in {data.images} have none; give data.tags")
-    network.to(pick_device(device))
+    network.to(pick_device(device), memory_format=torch.channels_last)
     open_pass(out, {**record, "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
