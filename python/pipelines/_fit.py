@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -143,8 +144,7 @@ class StepModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's step. Remembers the first step whose loss is not finite, without waiting for the device."""
-        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
-        scalars = self.method.training_step(batch)
+        scalars = self.method.training_step(tree_map(_channels_last, batch))
         loss = scalars["loss"]
         self.scalars = {name: value.detach() for name, value in scalars.items()}
         self.rates = {f"lr{i or ''}": opt.param_groups[0]["lr"] for i, (opt, _) in enumerate(self.pairs)}
@@ -399,6 +399,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _channels_last(x: Any) -> Any:
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
 
 
 def _mix(*numbers: int) -> int:

@@ -300,8 +300,9 @@ class TestBadInput:
         assert not (tmp_path / "out").exists()
 
     def test_backbone_weights_of_another_network(self, capsys, broken, weights, tmp_path):
-        argv = ["--method.name", "cam", "--method.backbone", "resnet10t", "--method.weights", weights]
+        argv = ["--method.name", "cam", "--method.backbone", "mobilenetv2_035", "--method.weights", weights]
         message = error_of(capsys, "train", "--data.root", broken, *argv, "--out", tmp_path / "out")
+        assert "expected the tensors of 'mobilenetv2_035'" in message
         assert str(weights) in message
         assert not (tmp_path / "out").exists()
 
