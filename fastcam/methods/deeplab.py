@@ -157,6 +157,7 @@ class DeepLab(nn.Module):
                 conv3x3(out + low, out, separable=config.separable), conv3x3(out, out, separable=config.separable)
             )
         self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Conv2d(out, num_classes + 1, 1))
+        self.class_weights: Tensor
         self.register_buffer("class_weights", torch.tensor(config.class_weights or [1.0] * (num_classes + 1)))
 
     def coarse_logits(self, images: Tensor) -> Tensor:

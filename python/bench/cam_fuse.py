@@ -27,7 +27,7 @@ def sizes_of(H: int, W: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return ((H - 1) // 4 + 1, (W - 1) // 4 + 1), (-(-H // STRIDE) * STRIDE, -(-W // STRIDE) * STRIDE)
 
 
-def irn(cams: list[Tensor], H: int, W: int, keys: Tensor) -> Pair:
+def irn(cams: list[Tensor], H: int, W: int, keys: Tensor | slice) -> Pair:
     """``make_cam`` as published: every class is resized to both sizes, then the present ones are selected."""
     strided, whole = sizes_of(H, W)
     merged = [c[:1] + c[1:].flip(-1) for c in cams]
@@ -125,7 +125,8 @@ def with_gradient(device: str) -> CaseIterator:
     weight = torch.randn(B, C, H, W, generator=g).to(device)
 
     def eager(views: list[Tensor]) -> Tensor:
-        x = sum(F.interpolate(v.relu(), (H, W), mode="bilinear", align_corners=False) for v in views)
+        one, *others = [F.interpolate(v.relu(), (H, W), mode="bilinear", align_corners=False) for v in views]
+        x = sum(others, one)
         return x / (x.amax((2, 3), keepdim=True) + 1e-5)
 
     def both(f) -> tuple[Tensor, ...]:

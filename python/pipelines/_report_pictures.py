@@ -40,15 +40,15 @@ def photo(image: Tensor) -> str:
 def label_overlay(image: Tensor, label: Tensor) -> str:
     """Labels `(H, W)` over their image; 255 is striped, the background a little darker than it is."""
     rgb = image.permute(1, 2, 0).numpy().astype(np.float32)
-    label = label.numpy().astype(np.int64)
+    labels = label.numpy().astype(np.int64)
     colours = np.array([(0, 0, 0), *(class_colour(k) for k in range(255))], np.float32)
-    out = 0.4 * rgb + 0.6 * colours[np.where(label == IGNORE, 0, label)]
-    out[label == 0] = 0.8 * rgb[label == 0]
-    y, x = np.indices(label.shape)
+    out = 0.4 * rgb + 0.6 * colours[np.where(labels == IGNORE, 0, labels)]
+    out[labels == 0] = 0.8 * rgb[labels == 0]
+    y, x = np.indices(labels.shape)
     stripes = np.where((x + y) // 3 % 2, 235.0, 150.0)[..., None]
-    ignored = label == IGNORE
+    ignored = labels == IGNORE
     out[ignored] = (0.35 * rgb + 0.65 * stripes)[ignored]
-    out[_outline(label)] = 255
+    out[_outline(labels)] = 255
     return _encode(out)
 
 
