@@ -2,9 +2,9 @@
 
 STYLE = """
 :root{--bg:#f7f7f9;--card:#fff;--text:#1c1d22;--soft:#646876;--line:#e3e4ea;--accent:53,92,222;
---cam:#e0861a;--refined:#1f9d6b;--label:#3b7ddd;--network:#8a4fd6;--miss:214,64,80}
+--cam:#e0861a;--refined:#1f9d6b;--label:#3b7ddd;--network:#8a4fd6;--given:#d2559f;--miss:214,64,80}
 @media(prefers-color-scheme:dark){:root{--bg:#121317;--card:#1b1d23;--text:#e9eaef;--soft:#9a9fad;--line:#2d3038;--accent:120,150,255;
---cam:#f2a444;--refined:#3cc48c;--label:#69a4f5;--network:#b388f2;--miss:240,100,110}}
+--cam:#f2a444;--refined:#3cc48c;--label:#69a4f5;--network:#b388f2;--given:#ee86c0;--miss:240,100,110}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;scroll-padding-top:1rem}
 body{margin:0;background:var(--bg);color:var(--text);
@@ -60,7 +60,7 @@ h3+.row,.hint+.row{border-top:0}
 .pic b{color:var(--text);float:right}
 .scroll{overflow-x:auto}
 .matrix{font-size:12px;border-spacing:2px;border-collapse:separate}
-.matrix th,.matrix td{border:0;padding:0}
+.matrix th,.matrix td{border:0;padding:0;vertical-align:middle}
 .matrix td{width:40px;height:32px;text-align:center;border-radius:4px}
 .matrix tbody th{padding-right:10px;text-align:right;font-weight:400}
 .matrix thead th{font-weight:400;vertical-align:bottom;text-align:center}

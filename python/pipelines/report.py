@@ -29,10 +29,12 @@ STAGES = {
     "make-cam": ("CAM", "var(--cam)"),
     "refine": ("Refined CAM", "var(--refined)"),
     "label": ("Label", "var(--label)"),
+    "predict-tags": ("Network, given tags", "var(--given)"),
     "predict": ("Network", "var(--network)"),
 }
 TRAININGS = {"train": "CAM network", "segment": "Segmentation network"}
-ORDER = ["train", "make-cam", "refine", "label", "segment", "predict"]
+ORDER = ["train", "make-cam", "refine", "label", "segment", "predict-tags", "predict"]
+LABELS = ("label", "predict-tags", "predict")  # passes that write label PNGs
 MOST_MATRIX = 24  # labels of a confusion matrix that is still shown whole
 
 
@@ -97,7 +99,7 @@ def report(run: Path, out: Path | None = None, samples: int = 10, failures: int 
     if not passes:
         raise FastcamError(f"run folder {run} holds no folder with a pass.json; run a pass with --out below it first")
     scores = find_scores(run, passes)
-    classes = next((p.config["classes"] for p in passes if p.config.get("classes")), [])
+    classes: list[str] = next((p.config["classes"] for p in passes if p.config.get("classes")), [])
     groups, notes = _ranked_examples(passes, scores)
     sections = [
         ("summary", "Scores", _summary(scores)),
@@ -124,9 +126,9 @@ def find_passes(run: Path) -> list[Pass]:
         if record is None or not isinstance(record["config"].get("pass"), str):
             continue
         times = _read_json(path.with_name("times.json")) or {}
-        found.append(
-            Pass(record["config"]["pass"], path.parent, record["config"], times.get("count"), times.get("seconds"))
-        )
+        config = record["config"]
+        kind = config["pass"] + ("-tags" if config.get("known_tags") else "")
+        found.append(Pass(kind, path.parent, config, times.get("count"), times.get("seconds")))
     return sorted(found, key=lambda p: ORDER.index(p.kind) if p.kind in ORDER else len(ORDER))
 
 
@@ -188,7 +190,7 @@ def _summary(scores: Sequence[Score]) -> str:
         f'<table class="scores"><thead><tr><th scope="col">mIoU, %</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
         "<p class=hint>Mean over the background and the classes that occur, from one confusion matrix over all pixels. "
-        "Each stage sees the tags of an image, but for the network, which sees the image alone.</p>"
+        "Every stage knows the tags of an image, but for “Network”, which sees the image alone.</p>"
     )
 
 
@@ -436,7 +438,7 @@ def _ranked_examples(passes: Sequence[Pass], scores: Sequence[Score]) -> tuple[d
 
 def _rank(passes: Sequence[Pass], dataset: Images, split: str, image_id: str) -> _Ranked:
     stage = next(
-        (p for p in reversed(passes) if p.kind in ("predict", "label") and (p.folder / f"{image_id}.png").is_file()),
+        (p for p in reversed(passes) if p.kind in LABELS and (p.folder / f"{image_id}.png").is_file()),
         None,
     )
     iou = None
@@ -444,7 +446,7 @@ def _rank(passes: Sequence[Pass], dataset: Images, split: str, image_id: str) ->
         mask = dataset.by_id(image_id).get("mask")
         if mask is not None:
             iou = _image_iou(read_label_png(stage.folder / f"{image_id}.png"), mask, len(dataset.classes) + 1)
-    return _Ranked(split, iou, stage and stage.kind, lambda: _example(passes, dataset, image_id))
+    return _Ranked(split, iou, stage.kind if stage else None, lambda: _example(passes, dataset, image_id))
 
 
 def _image_iou(label: Tensor, mask: Tensor, labels: int) -> float | None:
@@ -466,7 +468,7 @@ def _example(passes: Sequence[Pass], dataset: Images, image_id: str) -> Example:
         elif p.kind == "refine" and maps.is_file():
             refined = load_cams(maps)
             labels["refine"] = to_labels(refined.scores().argmax(0), refined.keys)
-        elif p.kind in ("label", "predict") and png.is_file():
+        elif p.kind in LABELS and png.is_file():
             labels[p.kind] = read_label_png(png)
     size = item["image"].shape[1:]
     labels = {kind: label for kind, label in labels.items() if label.shape == size}

@@ -24,11 +24,18 @@ def test_report_has_every_section(finished):
     assert sections == wanted.split()
 
 
-def test_result_is_a_table_of_three_figures_and_the_reports_path(finished):
+def test_result_is_a_table_of_mean_ious_and_the_reports_path(finished):
     _, result = finished
     lines = [line for line in str(result).splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["mIoU,", "CAMs", "labels", "network", lines[-1].split()[0]]
-    for line in lines[1:4]:
+    assert [line.split()[0] for line in lines] == [
+        "mIoU,",
+        "CAMs",
+        "labels",
+        "network",
+        "network",
+        lines[-1].split()[0],
+    ]
+    for line in lines[1:5]:
         assert all(0 <= float(figure) <= 100 for figure in line.split()[-2:])
     assert lines[-1].endswith(str(result.report))
 
@@ -37,7 +44,7 @@ def test_figures_are_those_of_the_scores_files(finished):
     import json
 
     out, result = finished
-    for name, folder in zip(result.scores, ("cams", "labels", "predictions"), strict=True):
+    for name, folder in zip(result.scores, ("cams", "labels", "predictions", "predictions_alone"), strict=True):
         for figure, split in zip(result.scores[name], ("train", "val"), strict=True):
             scores = json.loads((out / "scores" / split / folder / "scores.json").read_text())
             assert scores["mean_iou"]["skip"] == figure
