@@ -23,6 +23,7 @@ BACKBONE = {"backbone": "test_resnet", "frozen_stages": 0, "frozen_norm": False}
 SFC = {"name": "sfc", **BACKBONE, "lr": 0.3, "head_lr_factor": 1.0, "prototype_loss": 0.4, "weight_loss": 0.4}
 SFC |= {"bank_draws": 2, "center_features": True, "side_channels": [16, 32, 32, 64], "correlation_channels": 64}
 DEEPLAB = {"name": "deeplab", **BACKBONE, "lr": 0.1, "rates": [2, 4], "head_channels": 64, "low_level_channels": 16}
+DEEPLAB |= {"class_weights": [1.0, 1.5, 3.0, 1.5, 3.0, 2.0, 3.0]}  # lion, goat and mouse: rarer than their twins
 
 
 class DemoResult(NamedTuple):
