@@ -2,6 +2,7 @@
 // Values lie in rows, one a pixel, the labels innermost and padded to row_width(K); padding has energy -inf, hence Q =
 // 0.
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -18,76 +19,150 @@
 namespace fastcam {
 namespace {
 
-constexpr int64_t TILE = 64;  // pixels of one image row that are updated together
+constexpr int64_t TILE = 64;  // pixels that are updated together
+constexpr int64_t FEW = 4;    // up to this many labels, vectors run over the pixels of a tile, else over the labels
 constexpr double CUT = 4e-5;  // kernel FAST leaves out spatial weights below this: 4.5 standard deviations
 
 enum Kernel { FAST, LATTICE, EXACT };
 
-template <typename T, int W, int R>
+// What a term adds to the energies of a tile: compat times messages. Of two labels, messages are those of the first;
+// the other's follow from `ones`, since probabilities sum to 1 (exactly so where both are 1/2, which therefore stay).
+// compat of few labels: (K) or (K, K); of many, padded to row_width(K).
+template <typename T>
+struct Message {
+  const T *rows, *ones, *compat;  // rows (TILE, inner_width(K))
+  bool matrix;
+};
+
+inline int64_t inner_width(int64_t K) { return row_width(K == 2 ? 1 : K); }
+
+// negative, q: (K, TILE). False where a pixel has no distribution.
+template <int K, typename T>
+FASTCAM_INLINE bool update_few(const T* negative, const Message<T>* terms, int64_t count, T* q) {
+  constexpr int WIDTH = K <= 2 ? 1 : 4;
+  T energy[K][TILE], sum[TILE];
+  std::copy_n(negative, K * TILE, &energy[0][0]);
+  for (int64_t t = 0; t < count; ++t) {
+    T m[K][TILE];
+    const Message<T>& term = terms[t];
+    for (int k = 0; k < (K == 2 ? 1 : K); ++k)
+      for (int64_t i = 0; i < TILE; ++i) m[k][i] = term.rows[i * WIDTH + k];
+    if constexpr (K == 2)
+      for (int64_t i = 0; i < TILE; ++i) m[1][i] = term.ones[i] - m[0][i];
+    for (int l = 0; l < K; ++l)
+      for (int k = term.matrix ? 0 : l; k <= (term.matrix ? K - 1 : l); ++k) {
+        const T c = term.compat[term.matrix ? l * K + k : l];
+        for (int64_t i = 0; i < TILE; ++i) energy[l][i] -= c * m[k][i];
+      }
+  }
+  for (int64_t i = 0; i < TILE; ++i) sum[i] = energy[0][i];
+  for (int k = 1; k < K; ++k)
+    for (int64_t i = 0; i < TILE; ++i) sum[i] = energy[k][i] > sum[i] ? energy[k][i] : sum[i];
+  for (int k = 0; k < K; ++k)
+    for (int64_t i = 0; i < TILE; ++i) q[k * TILE + i] = fast_exp(energy[k][i] - sum[i]);
+  for (int64_t i = 0; i < TILE; ++i) sum[i] = q[i];
+  for (int k = 1; k < K; ++k)
+    for (int64_t i = 0; i < TILE; ++i) sum[i] += q[k * TILE + i];
+  int32_t bad = 0;
+  for (int64_t i = 0; i < TILE; ++i) {
+    bad |= !(sum[i] > 0 && sum[i] < std::numeric_limits<T>::infinity());
+    sum[i] = 1 / sum[i];
+  }
+  for (int k = 0; k < K; ++k)
+    for (int64_t i = 0; i < TILE; ++i) q[k * TILE + i] *= sum[i];
+  return bad == 0;
+}
+
+template <typename Row>
 struct RowMaximum {
+  typedef typename Row::Number T;
   static FASTCAM_INLINE void run(int64_t c, const T* rows, T* result, int64_t count, int64_t width) {
     for (int64_t i = 0; i < count; ++i) {
-      auto m = lanes<T, W>(rows + i * width + c);
-      for (int r = 1; r < R; ++r) {
-        const auto other = lanes<T, W>(rows + i * width + c + r * W);
-        m = other > m ? other : m;
-      }
-      T largest = result[i];
-      for (int w = 0; w < W; ++w) largest = m[w] > largest ? m[w] : largest;
-      result[i] = largest;
+      Maximum::combine(result[i], Row::load(rows + i * width + c).template reduce<Maximum>());
     }
   }
 };
 
-template <typename T, int W, int R>
+template <typename Row>
 struct RowSum {
+  typedef typename Row::Number T;
   static FASTCAM_INLINE void run(int64_t c, const T* rows, T* result, int64_t count, int64_t width) {
+    for (int64_t i = 0; i < count; ++i) result[i] += Row::load(rows + i * width + c).template reduce<Sum>();
+  }
+};
+
+template <typename Row>
+struct ShiftedRows {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, T* rows, const T* less, int64_t count, int64_t width) {
+    for (int64_t i = 0; i < count; ++i) (Row::load(rows + i * width + c) + -less[i]).store(rows + i * width + c);
+  }
+};
+
+template <typename Row>
+struct AddProducts {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const T* rows, const T* factors, T sign, const T* base, T* to,
+                                 int64_t count, int64_t width) {
+    const Row own = Row::load(factors + c) * sign;
+    for (int64_t i = 0; i < count; ++i)
+      (Row::load(base + i * width + c) + Row::load(rows + i * width + c) * own).store(to + i * width + c);
+  }
+};
+
+template <typename Row>
+struct AddMatrixProducts {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const T* rows, const T* matrix, T sign, const T* base, T* to, int64_t count,
+                                 int64_t K, int64_t width) {
     for (int64_t i = 0; i < count; ++i) {
-      auto s = lanes<T, W>(rows + i * width + c);
-      for (int r = 1; r < R; ++r) s += lanes<T, W>(rows + i * width + c + r * W);
-      T sum = result[i];
-      for (int w = 0; w < W; ++w) sum += s[w];
-      result[i] = sum;
+      Row sum = Row::load(base + i * width + c);
+      for (int64_t l = 0; l < K; ++l) sum = sum + Row::load(matrix + l * width + c) * (sign * rows[i * width + l]);
+      sum.store(to + i * width + c);
     }
   }
 };
+
+// to = base + sign * mu(from) for rows of width row_width(K); compat (width) or, as a matrix, (K, width), symmetric.
+template <typename T>
+FASTCAM_INLINE void add_compatible(const T* from, const T* compat, bool matrix, T sign, const T* base, T* to,
+                                   int64_t count, int64_t K) {
+  const int64_t width = row_width(K);
+  if (matrix) {
+    each_piece<AddMatrixProducts, T>(width, from, compat, sign, base, to, count, K, width);
+  } else {
+    each_piece<AddProducts, T>(width, from, compat, sign, base, to, count, width);
+  }
+}
 
 // Rows of negative energies -> softmax, in place. `work` has room for `count` numbers. False where a row has no
 // distribution.
 template <typename T>
 FASTCAM_INLINE bool softmax(T* rows, T* work, int64_t count, int64_t width) {
   std::fill(work, work + count, -std::numeric_limits<T>::infinity());
-  each_block<RowMaximum, T>(width, static_cast<const T*>(rows), work, count, width);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t k = 0; k < width; ++k) rows[i * width + k] -= work[i];
+  each_piece<RowMaximum, T>(width, static_cast<const T*>(rows), work, count, width);
+  each_piece<ShiftedRows, T>(width, rows, static_cast<const T*>(work), count, width);
   for (int64_t i = 0; i < count * width; ++i) rows[i] = fast_exp(rows[i]);
   std::fill(work, work + count, T(0));
-  each_block<RowSum, T>(width, static_cast<const T*>(rows), work, count, width);
+  each_piece<RowSum, T>(width, static_cast<const T*>(rows), work, count, width);
   bool good = true;
   for (int64_t i = 0; i < count; ++i) {
     good &= work[i] > 0 && work[i] < std::numeric_limits<T>::infinity();
-    const T inverse = 1 / work[i];
-    for (int64_t k = 0; k < width; ++k) rows[i * width + k] *= inverse;
+    work[i] = 1 / work[i];
   }
+  each_piece<ScaledRows, T>(width, static_cast<const T*>(rows), static_cast<const T*>(work), rows, count, width);
   return good;
 }
 
-// energy -= mu(message) for rows; compat (width) or, as a matrix, (width, width), symmetric.
+// The same as update_few for any number of labels. negative, q: rows (count, row_width(K)).
 template <typename T>
-FASTCAM_INLINE void add_compatible(const T* message, const T* compat, bool matrix, T sign, T* energy, int64_t count,
-                                   int64_t width) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = message + i * width;
-    T* to = energy + i * width;
-    if (matrix) {
-      for (int64_t l = 0; l < width; ++l) {
-        const T m = sign * from[l];
-        for (int64_t k = 0; k < width; ++k) to[k] += m * compat[l * width + k];
-      }
-    } else {
-      for (int64_t k = 0; k < width; ++k) to[k] += sign * compat[k] * from[k];
-    }
-  }
+FASTCAM_INLINE bool update_many(const T* negative, const Message<T>* terms, int64_t terms_count, T* q, int64_t count,
+                                int64_t K) {
+  T work[TILE];
+  if (terms_count == 0) std::copy_n(negative, count * row_width(K), q);
+  for (int64_t t = 0; t < terms_count; ++t)
+    add_compatible(terms[t].rows, terms[t].compat, terms[t].matrix, T(-1), t == 0 ? negative : q, q, count, K);
+  return softmax(q, work, count, row_width(K));
 }
 
 // g (rows) -> q * (<g, q> - g), the gradient of the energies, in place.
@@ -101,12 +176,17 @@ FASTCAM_INLINE void softmax_gradient(const T* q, T* g, int64_t count, int64_t wi
 }
 
 #define FASTCAM_CRF_LOOPS(T)                                                                                   \
-  FASTCAM_MULTIVERSION bool softmax_rows(T* rows, T* work, int64_t count, int64_t width) {                     \
-    return softmax(rows, work, count, width);                                                                  \
+  FASTCAM_MULTIVERSION bool update_tile(const T* negative, const Message<T>* terms, int64_t terms_count, T* q, \
+                                        int64_t count, int64_t K) {                                            \
+    if (K == 1) return update_few<1>(negative, terms, 0, q);                                                   \
+    if (K == 2) return update_few<2>(negative, terms, terms_count, q);                                         \
+    if (K == 3) return update_few<3>(negative, terms, terms_count, q);                                         \
+    if (K == 4) return update_few<4>(negative, terms, terms_count, q);                                         \
+    return update_many(negative, terms, terms_count, q, count, K);                                             \
   }                                                                                                            \
-  FASTCAM_MULTIVERSION void compatible_rows(const T* message, const T* compat, bool matrix, T sign, T* energy, \
-                                            int64_t count, int64_t width) {                                    \
-    add_compatible(message, compat, matrix, sign, energy, count, width);                                       \
+  FASTCAM_MULTIVERSION void compatible_rows(const T* g, const T* compat, bool matrix, T* to, int64_t count,    \
+                                            int64_t K) {                                                       \
+    add_compatible(g, compat, matrix, T(1), static_cast<const T*>(to), to, count, K);                          \
   }                                                                                                            \
   FASTCAM_MULTIVERSION void gradient_rows(const T* q, T* g, int64_t count, int64_t width) {                    \
     softmax_gradient(q, g, count, width);                                                                      \
@@ -132,117 +212,216 @@ std::vector<F> features_of(const T* image, const double* sigma, int64_t d, Size 
   return features;
 }
 
-// The problem of one image.
+// The terms of one image, and one problem (energies) on them after the other.
 template <typename T>
 class MeanField {
  public:
-  // unary (K, H, W), of which the pixels in `size` are taken.
-  MeanField(const T* unary, int64_t K, Size size, int64_t H, int64_t W, int threads)
-      : K_(K), width_(row_width(K)), size_(size), H_(H), W_(W), threads_(threads), negative_(buffer<T>(room())) {
-    load(unary, T(-1), -std::numeric_limits<T>::infinity(), negative_.get());
-  }
+  MeanField(int64_t K, Size size, int64_t H, int64_t W, int threads)
+      : K_(K),
+        width_(row_width(K)),
+        inner_(inner_width(K)),
+        N_(size.h * size.w),
+        size_(size),
+        H_(H),
+        W_(W),
+        threads_(threads) {}
 
-  int64_t room() const { return size_.h * size_.w * width_; }
+  // How many numbers one problem takes, a row of labels for every pixel; so many that all of a tile's may be touched.
+  int64_t room() const { return (N_ + TILE - 1) / TILE * TILE * width_; }
 
+  // compat (K) or, as a matrix, (K, K).
   void add(std::unique_ptr<Term<T>> term, const T* compat, bool matrix) {
-    std::vector<T> padded(matrix ? width_ * width_ : width_, T(0));
-    for (int64_t l = 0; l < (matrix ? K_ : 1); ++l) std::copy_n(compat + l * K_, K_, padded.data() + l * width_);
-    terms_.push_back({std::move(term), std::move(padded), matrix});
+    const int64_t width = K_ <= FEW ? K_ : width_;
+    std::vector<T> padded(matrix ? K_ * width : width, T(0)), rows(matrix ? K_ * width_ : width_, T(0));
+    for (int64_t l = 0; l < (matrix ? K_ : 1); ++l) {
+      std::copy_n(compat + l * K_, K_, padded.data() + l * width);
+      std::copy_n(compat + l * K_, K_, rows.data() + l * width_);
+    }
+    terms_.push_back({std::move(term), std::move(padded), std::move(rows), matrix});
   }
 
-  // Planes (K, H, W) times `factor` -> rows, with `padding` behind the labels.
-  void load(const T* planes, T factor, T padding, T* rows) const {
-    each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>&) {
-      T* to = rows + (y * size_.w + x) * width_;
-      for (int64_t k = 0; k < width_; ++k)
+  // Takes energies (K, H, W). Those of padding, of pixels and labels, are 0 and infinite.
+  void set_unary(const T* unary) {
+    negative_ = buffer<T>(room(), K_ <= FEW ? T(0) : -std::numeric_limits<T>::infinity());
+    each_tile([&](int64_t begin, int64_t end, Work&) {
+      for (int64_t k = 0; k < K_; ++k)
+        each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+          const T* from = unary + k * H_ * W_ + plane;
+          if (K_ <= FEW) {
+            T* to = negative_.get() + begin * K_ + k * TILE + i - begin;
+            for (int64_t x = 0; x < n; ++x) to[x] = -from[x];
+          } else {
+            for (int64_t x = 0; x < n; ++x) negative_[(i + x) * width_ + k] = -from[x];
+          }
+        });
+    });
+  }
+
+  // One update, the first of all (softmax of -U) if `first`. The result goes to out (K, H, W) and rows (N, width), each
+  // unless null; to the terms unless `last`.
+  void update(bool first, bool last, T* out, T* rows) {
+    if (!last)
+      for (Pairwise& p : terms_) p.term->start(inner_, false, threads_);
+    each_tile([&](int64_t begin, int64_t end, Work& work) {
+      const int64_t count = end - begin;
+      Message<T> messages[MAX_TERMS];
+      for (size_t t = 0; t < terms_.size() && !first; ++t) {
+        const Pairwise& p = terms_[t];
+        std::vector<T>& m = work.messages[t];
+        m.resize(TILE * inner_);
+        p.term->messages(begin, end, m.data(), work.scratch[t]);
+        const T* ones = p.term->ones() + begin;
+        if (count < TILE) ones = std::copy_n(ones, count, work.ones[t].data()) - count;
+        messages[t] = {m.data(), ones, p.compat.data(), p.matrix};
+      }
+      work.q.resize(TILE * width_);
+      T* q = work.q.data();
+      if (!update_tile(negative_.get() + begin * (K_ <= FEW ? K_ : width_), messages, first ? 0 : terms_.size(), q,
+                       count, K_))
+        throw std::invalid_argument(
+            "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages "
+            "that do not overflow");
+      const int64_t along = K_ <= FEW ? 1 : width_,
+                    across = K_ <= FEW ? TILE : 1;  // from pixel to pixel, label to label
+      if (out)
+        for (int64_t k = 0; k < K_; ++k)
+          each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+            const T* from = q + (i - begin) * along + k * across;
+            for (int64_t x = 0; x < n; ++x) out[k * H_ * W_ + plane + x] = from[x * along];
+          });
+      if (rows)
         for (int64_t i = 0; i < count; ++i)
-          to[i * width_ + k] = k < K_ ? factor * planes[(k * H_ + y) * W_ + x + i] : padding;
+          for (int64_t k = 0; k < width_; ++k)
+            rows[(begin + i) * width_ + k] = k < K_ ? q[i * along + k * across] : T(0);
+      if (last || terms_.empty()) return;
+      if (K_ > 2 && K_ <= FEW) {  // rows of FEW numbers
+        for (int64_t i = 0; i < TILE; ++i)
+          for (int64_t k = 0; k < FEW; ++k) work.rows[i * FEW + k] = k < K_ ? q[k * TILE + i] : T(0);
+        q = work.rows.data();
+      }
+      for (Pairwise& p : terms_) p.term->feed(begin, end, q);
+    });
+    if (!last)
+      for (Pairwise& p : terms_) p.term->finish(threads_);
+  }
+
+  // Planes (K, H, W) -> rows (N, width), 0 behind the labels.
+  void load(const T* planes, T* rows) const {
+    each_tile([&](int64_t begin, int64_t end, Work&) {
+      for (int64_t k = 0; k < width_; ++k)
+        each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+          for (int64_t x = 0; x < n; ++x) rows[(i + x) * width_ + k] = k < K_ ? planes[k * H_ * W_ + plane + x] : T(0);
+        });
     });
   }
 
   void store(const T* rows, T* planes) const {
-    each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>&) {
-      const T* from = rows + (y * size_.w + x) * width_;
+    each_tile([&](int64_t begin, int64_t end, Work&) {
       for (int64_t k = 0; k < K_; ++k)
-        for (int64_t i = 0; i < count; ++i) planes[(k * H_ + y) * W_ + x + i] = from[i * width_ + k];
+        each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+          for (int64_t x = 0; x < n; ++x) planes[k * H_ * W_ + plane + x] = rows[(i + x) * width_ + k];
+        });
     });
   }
 
-  // One update of q into next, which may be q itself; the first of all (softmax of -U) if q is null.
-  void update(const T* q, T* next) {
-    if (q)
-      for (Pairwise& p : terms_) p.term->prepare(q, width_, false, threads_);
-    each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>& work) {
-      const int64_t begin = (y * size_.w + x) * width_, n = count * width_;
-      T* energy = next + begin;
-      std::copy_n(negative_.get() + begin, n, energy);
-      work.resize(TILE * width_);
-      if (q)
-        for (const Pairwise& p : terms_) {
-          p.term->messages(y, x, count, work.data());
-          compatible_rows(work.data(), p.compat.data(), p.matrix, T(-1), energy, count, width_);
-        }
-      if (!softmax_rows(energy, work.data(), count, width_))
-        throw std::invalid_argument(
-            "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages "
-            "that do "
-            "not overflow");
+  // g, the gradient of q = update(before) -> the gradient of the energies there, added to `total`; that of the
+  // compatibilities, added to compat_grad (null where not wanted) of each term, (K) or (K, K); and on to the gradient
+  // of `before`, unless that is null. All are rows (N, width); `scratch` has room().
+  void backward(const T* q, const T* before, T* g, T* total, T* scratch, double* const* compat_grad) {
+    each_tile([&](int64_t begin, int64_t end, Work&) {
+      gradient_rows(q + begin * width_, g + begin * width_, end - begin, width_);
+      for (int64_t i = begin * width_; i < end * width_; ++i) total[i] += g[i];
     });
-  }
-
-  // g, the gradient of q = update(before) -> the gradient of the energies there, added to `total`; and, unless `first`,
-  // on to the gradient of `before`. `scratch` has room() numbers.
-  void backward(const T* q, T* g, T* total, T* scratch, bool first) {
-    each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>&) {
-      const int64_t begin = (y * size_.w + x) * width_;
-      gradient_rows(q + begin, g + begin, count, width_);
-      for (int64_t i = begin; i < begin + count * width_; ++i) total[i] += g[i];
-    });
-    if (first) return;
+    if (!before) return;
+    for (size_t t = 0; t < terms_.size(); ++t)
+      if (compat_grad[t]) add_compat_grad(terms_[t], before, g, compat_grad[t]);
     for (Pairwise& p : terms_) {
-      each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>&) {
-        const int64_t begin = (y * size_.w + x) * width_;
-        std::fill_n(scratch + begin, count * width_, T(0));
-        compatible_rows(g + begin, p.compat.data(), p.matrix, T(1), scratch + begin, count, width_);
+      p.term->start(width_, true, threads_);
+      each_tile([&](int64_t begin, int64_t end, Work&) {
+        T* to = scratch + begin * width_;
+        std::fill_n(to, (end - begin) * width_, T(0));
+        compatible_rows(g + begin * width_, p.rows.data(), p.matrix, to, end - begin, K_);
+        p.term->feed(begin, end, to);
       });
-      p.term->prepare(scratch, width_, true, threads_);
+      p.term->finish(threads_);
     }
-    each_tile([&](int64_t y, int64_t x, int64_t count, std::vector<T>& work) {
-      const int64_t begin = (y * size_.w + x) * width_, n = count * width_;
-      std::fill_n(g + begin, n, T(0));
-      work.resize(TILE * width_);
-      for (const Pairwise& p : terms_) {
-        p.term->messages(y, x, count, work.data());
-        for (int64_t i = 0; i < n; ++i) g[begin + i] += work[i];
+    each_tile([&](int64_t begin, int64_t end, Work& work) {
+      const int64_t n = (end - begin) * width_;
+      T* to = g + begin * width_;
+      std::fill_n(to, n, T(0));
+      work.q.resize(TILE * width_);
+      for (size_t t = 0; t < terms_.size(); ++t) {
+        terms_[t].term->messages(begin, end, work.q.data(), work.scratch[t]);
+        for (int64_t i = 0; i < n; ++i) to[i] += work.q[i];
       }
     });
   }
 
  private:
+  static constexpr int MAX_TERMS = 2;
+
   struct Pairwise {
     std::unique_ptr<Term<T>> term;
-    std::vector<T> compat;  // padded to width_
+    std::vector<T> compat;  // as Message takes it
+    std::vector<T> rows;    // padded to width_
     bool matrix;
   };
 
-  // f(y, x, count, work) for all tiles; `work` is one a thread's part, to be sized by f.
+  struct Work {
+    std::vector<T> q, messages[MAX_TERMS];
+    std::array<T, TILE> ones[MAX_TERMS] = {};
+    std::array<T, FEW * TILE> rows = {};
+    Scratch<T> scratch[MAX_TERMS];
+  };
+
+  // f(begin, end, work) for all tiles. Bands of the lattice are parts; `work` is one part's.
   template <typename F>
   void each_tile(const F& f) const {
-    const int64_t in_row = (size_.w + TILE - 1) / TILE;
-    parallel_for(size_.h * in_row, 8, threads_, [&](int64_t begin, int64_t end) {
-      std::vector<T> work;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t x = i % in_row * TILE;
-        f(i / in_row, x, std::min(TILE, size_.w - x), work);
-      }
+    constexpr int64_t BAND = Lattice::BAND;
+    parallel_for((N_ + BAND - 1) / BAND, 1, threads_, [&](int64_t first, int64_t last) {
+      Work work;
+      for (int64_t i = first * BAND; i < std::min(N_, last * BAND); i += TILE) f(i, std::min(N_, i + TILE), work);
     });
   }
 
-  int64_t K_, width_;
+  // f(first pixel, its place in a plane (H, W), how many) for the parts of the pixels [begin, end) that lie together in
+  // a plane.
+  template <typename F>
+  void each_row(int64_t begin, int64_t end, const F& f) const {
+    if (size_.w == W_) return f(begin, begin, end - begin);
+    while (begin < end) {
+      const int64_t x = begin % size_.w, n = std::min(end - begin, size_.w - x);
+      f(begin, begin / size_.w * W_ + x, n);
+      begin += n;
+    }
+  }
+
+  // grad += sum over the pixels of g (K q)^T, or its diagonal.
+  void add_compat_grad(Pairwise& p, const T* q, const T* g, double* grad) {
+    const int64_t numbers = p.matrix ? K_ * K_ : K_;
+    p.term->start(width_, false, threads_);
+    each_tile([&](int64_t begin, int64_t end, Work&) { p.term->feed(begin, end, q + begin * width_); });
+    p.term->finish(threads_);
+    std::vector<double> of_band((N_ + Lattice::BAND - 1) / Lattice::BAND * numbers, 0.0);
+    each_tile([&](int64_t begin, int64_t end, Work& work) {
+      double* sum = of_band.data() + begin / Lattice::BAND * numbers;
+      work.q.resize(TILE * width_);
+      p.term->messages(begin, end, work.q.data(), work.scratch[0]);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        const T *m = work.q.data() + i * width_, *own = g + (begin + i) * width_;
+        for (int64_t l = 0; l < K_; ++l)
+          for (int64_t k = p.matrix ? 0 : l; k <= (p.matrix ? K_ - 1 : l); ++k)
+            sum[p.matrix ? l * K_ + k : l] += static_cast<double>(own[l]) * static_cast<double>(m[k]);
+      }
+    });
+    for (size_t i = 0; i < of_band.size(); ++i) grad[i % numbers] += of_band[i];
+  }
+
+  int64_t K_, width_, inner_, N_;
   Size size_;
   int64_t H_, W_;
   int threads_;
-  std::unique_ptr<T[]> negative_;  // -U in rows
+  Memory<T> negative_;  // -U: few labels (tiles, K, TILE), many (N, width_)
   std::vector<Pairwise> terms_;
 };
 
@@ -254,16 +433,17 @@ struct Shared {
   const T *gaussian, *bilateral;  // compatibilities, null for no such term
   bool gaussian_matrix, bilateral_matrix;
   const double* sigma;  // sx, sy of the spatial term; sx, sy, sr, sg, sb
-  int64_t K, H, W, iterations;
+  int64_t G, K, H, W, iterations;
   Normalization normalization;
   Kernel kernel;
 
   Size size(int64_t b) const { return {sizes[2 * b], sizes[2 * b + 1]}; }
+  int64_t planes() const { return K * H * W; }
 
-  MeanField<T> problem(int64_t b, int threads) const {
+  MeanField<T> field(int64_t b, int threads) const {
     const Size s = size(b);
-    MeanField<T> field(unary + b * K * H * W, K, s, H, W, threads);
-    if (gaussian) {
+    MeanField<T> field(K, s, H, W, threads);
+    if (gaussian && K > 1) {
       if (kernel == LATTICE) {
         const std::vector<float> features = features_of<float>(image, sigma, 2, s, H, W);
         field.add(lattice_term<T>(features, s, normalization, threads), gaussian, gaussian_matrix);
@@ -271,7 +451,7 @@ struct Shared {
         field.add(spatial_term<T>(sigma, kernel == FAST ? CUT : 0.0, s, normalization), gaussian, gaussian_matrix);
       }
     }
-    if (bilateral) {
+    if (bilateral && K > 1) {
       const T* rgb = image + b * 3 * H * W;
       if (kernel == EXACT) {
         field.add(exact_term<T>(features_of<T>(rgb, sigma + 2, 5, s, H, W), s, normalization, threads), bilateral,
@@ -303,39 +483,58 @@ void each_image(int64_t B, int threads, const int64_t* sizes, const F& f) {
 
 template <typename T>
 void forward(const Shared<T>& s, T* out, int64_t B, int threads) {
-  std::fill_n(out, B * s.K * s.H * s.W, T(0));
+  if (!std::all_of(s.sizes, s.sizes + 2 * B, [&](int64_t n) { return n == s.H || n == s.W; }))
+    std::fill_n(out, B * s.G * s.planes(), T(0));
   each_image(B, threads, s.sizes, [&](int64_t b, int own) {
-    MeanField<T> field = s.problem(b, own);
-    const auto q = buffer<T>(field.room());
-    field.update(nullptr, q.get());
-    for (int64_t i = 0; i < s.iterations; ++i) field.update(q.get(), q.get());
-    field.store(q.get(), out + b * s.K * s.H * s.W);
+    MeanField<T> field = s.field(b, own);
+    for (int64_t p = b * s.G; p < (b + 1) * s.G; ++p) {
+      field.set_unary(s.unary + p * s.planes());
+      for (int64_t i = 0; i <= s.iterations; ++i) {
+        const bool last = i == s.iterations;
+        field.update(i == 0, last, last ? out + p * s.planes() : nullptr, nullptr);
+      }
+    }
   });
 }
 
 template <typename T>
-void backward(const Shared<T>& s, const T* grad, T* out, int64_t B, int threads) {
-  std::fill_n(out, B * s.K * s.H * s.W, T(0));
+void backward(const Shared<T>& s, const T* grad, T* out, double* gaussian_grad, double* bilateral_grad, int64_t B,
+              int threads) {
+  std::fill_n(out, B * s.G * s.planes(), T(0));
+  const int64_t numbers = s.K * s.K;
+  std::vector<double> compat_grad(B * 2 * numbers, 0.0);
   each_image(B, threads, s.sizes, [&](int64_t b, int own) {
-    MeanField<T> field = s.problem(b, own);
+    MeanField<T> field = s.field(b, own);
     const int64_t room = field.room();
-    std::vector<std::unique_ptr<T[]>> q;
-    for (int64_t i = 0; i <= s.iterations; ++i) {
-      q.push_back(buffer<T>(room));
-      field.update(i == 0 ? nullptr : q[i - 1].get(), q[i].get());
+    std::vector<double*> terms;
+    if (s.gaussian) terms.push_back(gaussian_grad ? &compat_grad[2 * b * numbers] : nullptr);
+    if (s.bilateral) terms.push_back(bilateral_grad ? &compat_grad[(2 * b + 1) * numbers] : nullptr);
+    std::vector<Memory<T>> q;
+    for (int64_t i = 0; i <= s.iterations; ++i) q.push_back(buffer<T>(room));
+    std::vector<T> g(room), scratch(room);
+    for (int64_t p = b * s.G; p < (b + 1) * s.G; ++p) {
+      field.set_unary(s.unary + p * s.planes());
+      for (int64_t i = 0; i <= s.iterations; ++i) field.update(i == 0, i == s.iterations, nullptr, q[i].get());
+      std::vector<T> total(room, T(0));
+      field.load(grad + p * s.planes(), g.data());
+      for (int64_t i = s.iterations; i >= 0; --i)
+        field.backward(q[i].get(), i > 0 ? q[i - 1].get() : nullptr, g.data(), total.data(), scratch.data(),
+                       terms.data());
+      field.store(total.data(), out + p * s.planes());
     }
-    std::vector<T> g(room), total(room, T(0)), scratch(room);
-    field.load(grad + b * s.K * s.H * s.W, T(1), T(0), g.data());
-    for (int64_t i = s.iterations; i >= 0; --i)
-      field.backward(q[i].get(), g.data(), total.data(), scratch.data(), i == 0);
-    field.store(total.data(), out + b * s.K * s.H * s.W);
   });
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t i = 0; i < numbers; ++i) {
+      if (gaussian_grad && (s.gaussian_matrix || i < s.K)) gaussian_grad[i] += compat_grad[2 * b * numbers + i];
+      if (bilateral_grad && (s.bilateral_matrix || i < s.K))
+        bilateral_grad[i] += compat_grad[(2 * b + 1) * numbers + i];
+    }
 }
 
 template <typename T>
 Shared<T> shared(const void* unary, const void* image, const int64_t* sizes, const void* gaussian,
-                 const void* bilateral, bool gaussian_matrix, bool bilateral_matrix, const double* sigma, int64_t K,
-                 int64_t H, int64_t W, int64_t iterations, int normalization, int kernel) {
+                 const void* bilateral, bool gaussian_matrix, bool bilateral_matrix, const double* sigma, int64_t G,
+                 int64_t K, int64_t H, int64_t W, int64_t iterations, int normalization, int kernel) {
   return {static_cast<const T*>(unary),
           static_cast<const T*>(image),
           sizes,
@@ -344,6 +543,7 @@ Shared<T> shared(const void* unary, const void* image, const int64_t* sizes, con
           gaussian_matrix,
           bilateral_matrix,
           sigma,
+          G,
           K,
           H,
           W,
@@ -356,31 +556,32 @@ Shared<T> shared(const void* unary, const void* image, const int64_t* sizes, con
 
 void crf_mean_field_fwd(const void* unary, const void* image, const int64_t* sizes, const void* gaussian,
                         const void* bilateral, bool gaussian_matrix, bool bilateral_matrix, const double* sigma,
-                        void* out, bool f64, int64_t B, int64_t K, int64_t H, int64_t W, int64_t iterations,
+                        void* out, bool f64, int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations,
                         int normalization, int kernel, int threads) {
   if (f64) {
-    forward(shared<double>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, K, H, W,
-                           iterations, normalization, kernel),
+    forward(shared<double>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, G, K, H,
+                           W, iterations, normalization, kernel),
             static_cast<double*>(out), B, threads);
   } else {
-    forward(shared<float>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, K, H, W,
-                          iterations, normalization, kernel),
+    forward(shared<float>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, G, K, H,
+                          W, iterations, normalization, kernel),
             static_cast<float*>(out), B, threads);
   }
 }
 
 void crf_mean_field_bwd(const void* grad, const void* unary, const void* image, const int64_t* sizes,
                         const void* gaussian, const void* bilateral, bool gaussian_matrix, bool bilateral_matrix,
-                        const double* sigma, void* out, bool f64, int64_t B, int64_t K, int64_t H, int64_t W,
-                        int64_t iterations, int normalization, int kernel, int threads) {
+                        const double* sigma, void* out, double* gaussian_grad, double* bilateral_grad, bool f64,
+                        int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations, int normalization,
+                        int kernel, int threads) {
   if (f64) {
-    backward(shared<double>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, K, H, W,
-                            iterations, normalization, kernel),
-             static_cast<const double*>(grad), static_cast<double*>(out), B, threads);
+    backward(shared<double>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, G, K, H,
+                            W, iterations, normalization, kernel),
+             static_cast<const double*>(grad), static_cast<double*>(out), gaussian_grad, bilateral_grad, B, threads);
   } else {
-    backward(shared<float>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, K, H, W,
-                           iterations, normalization, kernel),
-             static_cast<const float*>(grad), static_cast<float*>(out), B, threads);
+    backward(shared<float>(unary, image, sizes, gaussian, bilateral, gaussian_matrix, bilateral_matrix, sigma, G, K, H,
+                           W, iterations, normalization, kernel),
+             static_cast<const float*>(grad), static_cast<float*>(out), gaussian_grad, bilateral_grad, B, threads);
   }
 }
 

@@ -12,54 +12,79 @@
 namespace fastcam {
 namespace {
 
-constexpr int64_t ROWS = 32, COLUMNS = 128;  // a task's block of the vertical pass: what it reads stays in L1
+typedef uint16_t Narrow;  // of which two are added without overflow:
+constexpr int NARROW_MAX = 32767;
 
-// out[c] = sum_t taps[t] * rows[t * stride + c] for c in [0, n).
-template <typename T>
-FASTCAM_INLINE void weighted_rows(const T* taps, int64_t count, const T* rows, int64_t stride, T* out, int64_t n) {
-  constexpr int W = 16, R = 4;
-  int64_t c = 0;
+// out[c] = sum_t taps[t] * (row[c - t stride] + row[c + t stride]) for blocks of W R columns from c on; where they end.
+template <typename T, int W, int R>
+FASTCAM_INLINE int64_t symmetric_taps(const T* taps, int64_t radius, const T* row, int64_t stride, T* out, int64_t c,
+                                      int64_t n) {
   for (; c + W * R <= n; c += W * R) {
     typename Lanes<T, W>::type sum[R] = {};
-    for (int64_t t = 0; t < count; ++t)
-      for (int r = 0; r < R; ++r) sum[r] += taps[t] * lanes<T, W>(rows + t * stride + c + r * W);
+    for (int64_t t = 0; t <= radius; ++t)
+      for (int r = 0; r < R; ++r)
+        sum[r] += taps[t] * (lanes<T, W>(row + c + r * W - t * stride) + lanes<T, W>(row + c + r * W + t * stride));
     for (int r = 0; r < R; ++r) lanes<T, W>(out + c + r * W) = sum[r];
+  }
+  return c;
+}
+
+template <typename T>
+FASTCAM_INLINE void filter(const T* taps, int64_t radius, const T* row, int64_t stride, T* out, int64_t n) {
+  int64_t c = symmetric_taps<T, 16, 4>(taps, radius, row, stride, out, 0, n);
+  c = symmetric_taps<T, 16, 1>(taps, radius, row, stride, out, c, n);
+  symmetric_taps<T, 1, 1>(taps, radius, row, stride, out, c, n);
+}
+
+// The same. Two neighbours in 32 bits are told apart by a mask and a shift, and go on in vectors of their own.
+template <typename T>
+FASTCAM_INLINE void filter(const T* taps, int64_t radius, const Narrow* row, int64_t stride, T* out, int64_t n) {
+  constexpr int W = 16, R = 2;
+  typedef typename Lanes<T, W>::type Numbers;
+  typedef typename Lanes<int32_t, W>::type Pairs;
+  int64_t c = 0;
+  for (; c + 2 * W * R <= n; c += 2 * W * R) {
+    Numbers even[R] = {}, odd[R] = {};
+    for (int64_t t = 0; t <= radius; ++t)
+      for (int r = 0; r < R; ++r) {
+        const Narrow* at = row + c + 2 * r * W;
+        const typename Lanes<Narrow, 2 * W>::type sum =
+            lanes<Narrow, 2 * W>(at - t * stride) + lanes<Narrow, 2 * W>(at + t * stride);
+        const Pairs pairs = reinterpret_cast<const Pairs&>(sum);
+        even[r] += taps[t] * __builtin_convertvector(pairs & 0xffff, Numbers);
+        odd[r] += taps[t] * __builtin_convertvector((pairs >> 16) & 0xffff, Numbers);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < W; ++i) {
+        out[c + 2 * (r * W + i)] = even[r][i];
+        out[c + 2 * (r * W + i) + 1] = odd[r][i];
+      }
   }
   for (; c < n; ++c) {
     T sum = 0;
-    for (int64_t t = 0; t < count; ++t) sum += taps[t] * rows[t * stride + c];
+    for (int64_t t = 0; t <= radius; ++t)
+      sum += taps[t] * static_cast<T>(static_cast<Narrow>(row[c - t * stride] + row[c + t * stride]));
     out[c] = sum;
   }
 }
 
-// out[c] = after[c] * (taps[0] * row[c] + sum_t taps[t] * (row[c - t stride] + row[c + t stride])) for c in [0, n).
-template <typename T>
-FASTCAM_INLINE void symmetric_taps(const T* taps, int64_t radius, const T* row, int64_t stride, const T* after, T* out,
-                                   int64_t n) {
-  constexpr int W = 16, R = 4;
-  int64_t c = 0;
-  for (; c + W * R <= n; c += W * R) {
-    typename Lanes<T, W>::type sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = taps[0] * lanes<T, W>(row + c + r * W);
-    for (int64_t t = 1; t <= radius; ++t)
-      for (int r = 0; r < R; ++r)
-        sum[r] += taps[t] * (lanes<T, W>(row + c + r * W - t * stride) + lanes<T, W>(row + c + r * W + t * stride));
-    for (int r = 0; r < R; ++r) lanes<T, W>(out + c + r * W) = sum[r] * lanes<T, W>(after + c + r * W);
+template <typename Row>
+struct NarrowRows {  // out = round(scale[i] * factor * rows[i])
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const T* rows, const T* scale, T factor, Narrow* out, int64_t count,
+                                 int64_t width) {
+    for (int64_t i = 0; i < count; ++i)
+      (Row::load(rows + i * width + c) * (scale[i] * factor) + T(0.5)).store_as(out + i * width + c);
   }
-  for (; c < n; ++c) {
-    T sum = taps[0] * row[c];
-    for (int64_t t = 1; t <= radius; ++t) sum += taps[t] * (row[c - t * stride] + row[c + t * stride]);
-    out[c] = sum * after[c];
-  }
-}
+};
 
-template <typename T, int W, int R>
+template <typename Row>
 struct WeightedSum {  // out[c] += sum_j weight[j] * rows[j][c]
+  typedef typename Row::Number T;
   static FASTCAM_INLINE void run(int64_t c, const T* weight, const T* rows, T* out, int64_t count, int64_t width) {
-    typename Lanes<T, W>::type sum[R] = {};
-    for (int64_t j = 0; j < count; ++j)
-      for (int r = 0; r < R; ++r) sum[r] += weight[j] * lanes<T, W>(rows + j * width + c + r * W);
-    for (int r = 0; r < R; ++r) lanes<T, W>(out + c + r * W) += sum[r];
+    Row sum = Row::load(out + c);
+    for (int64_t j = 0; j < count; ++j) sum = sum + Row::load(rows + j * width + c) * weight[j];
+    sum.store(out + c);
   }
 };
 
@@ -78,23 +103,30 @@ FASTCAM_INLINE void exact_row(const T* features, int64_t d, int64_t N, int64_t i
       for (int64_t n = 0; n < count; ++n) weight[n] -= T(0.5) * (own - others[n]) * (own - others[n]);
     }
     for (int64_t n = 0; n < count; ++n) weight[n] = fast_exp(weight[n]);
-    each_block<WeightedSum, T>(width, static_cast<const T*>(weight), x + begin * width, out, count, width);
+    each_piece<WeightedSum, T>(width, static_cast<const T*>(weight), x + begin * width, out, count, width);
   }
 }
 
-#define FASTCAM_TERM_LOOPS(T)                                                                                       \
-  FASTCAM_MULTIVERSION void vertical(const T* taps, int64_t count, const T* rows, int64_t stride, const T* before,  \
-                                     T* out, int64_t n) {                                                           \
-    weighted_rows(taps, count, rows, stride, out, n);                                                               \
-    for (int64_t c = 0; c < n; ++c) out[c] *= before[c];                                                            \
-  }                                                                                                                 \
-  FASTCAM_MULTIVERSION void horizontal(const T* taps, int64_t radius, const T* row, int64_t stride, const T* after, \
-                                       T* out, int64_t n) {                                                         \
-    symmetric_taps(taps, radius, row, stride, after, out, n);                                                       \
-  }                                                                                                                 \
-  FASTCAM_MULTIVERSION void exact_rows(const T* features, int64_t d, int64_t N, int64_t begin, int64_t end,         \
-                                       const T* x, T* out, int64_t width) {                                         \
-    for (int64_t i = begin; i < end; ++i) exact_row(features, d, N, i, x, out + i * width, width);                  \
+#define FASTCAM_TERM_LOOPS(T)                                                                                    \
+  FASTCAM_MULTIVERSION void filter_row(const T* taps, int64_t radius, const T* row, int64_t stride, T* out,      \
+                                       int64_t n) {                                                              \
+    filter(taps, radius, row, stride, out, n);                                                                   \
+  }                                                                                                              \
+  FASTCAM_MULTIVERSION void filter_row(const T* taps, int64_t radius, const Narrow* row, int64_t stride, T* out, \
+                                       int64_t n) {                                                              \
+    filter(taps, radius, row, stride, out, n);                                                                   \
+  }                                                                                                              \
+  FASTCAM_MULTIVERSION void narrow_rows(const T* rows, const T* scale, T factor, Narrow* out, int64_t count,     \
+                                        int64_t width) {                                                         \
+    each_piece<NarrowRows, T>(width, rows, scale, factor, out, count, width);                                    \
+  }                                                                                                              \
+  FASTCAM_MULTIVERSION void scaled_rows(const T* rows, const T* scale, T* out, int64_t count, int64_t width) {   \
+    if (width > 1) return each_piece<ScaledRows, T>(width, rows, scale, out, count, width);                      \
+    for (int64_t i = 0; i < count; ++i) out[i] = scale[i] * rows[i];                                             \
+  }                                                                                                              \
+  FASTCAM_MULTIVERSION void exact_rows(const T* features, int64_t d, int64_t N, int64_t begin, int64_t end,      \
+                                       const T* x, T* out, int64_t width) {                                      \
+    for (int64_t i = begin; i < end; ++i) exact_row(features, d, N, i, x, out + i * width, width);               \
   }
 FASTCAM_TERM_LOOPS(float)
 FASTCAM_TERM_LOOPS(double)
@@ -119,53 +151,77 @@ template <typename T>
 class LatticeTerm : public Term<T> {
  public:
   LatticeTerm(const std::vector<float>& features, Size size, Normalization normalization, int threads)
-      : lattice_(features.data(), features.size() / (size.h * size.w), size.h * size.w, threads), w_(size.w) {
+      : lattice_(features.data(), features.size() / (size.h * size.w), size.h * size.w, threads),
+        diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
     const int64_t N = lattice_.points();
-    const std::vector<T> ones(N, T(1));
-    before_.assign(N, T(1));
-    after_.assign(N, T(1));
-    prepare(ones.data(), 1, false, threads);
-    std::vector<T> norm(N);
-    lattice_.slice(blurred_, norm.data(), 0, N, 1);
-    const Diagonals<T> diagonals(norm.data(), N, normalization);
-    before_ = diagonals.before;
-    after_ = diagonals.after;
-    weights_.reset();
+    std::vector<T> ones(N, T(1));
+    ones_.resize(N);
+    diagonals_.before = diagonals_.after = ones;
+    filter(ones.data(), threads);
+    diagonals_ = Diagonals<T>(ones_.data(), N, normalization);
+    if (normalization == AFTER) ones_ = ones;
+    if (normalization == SYMMETRIC || normalization == BEFORE) filter(ones.data(), threads);
   }
 
-  void prepare(const T* q, int64_t width, bool adjoint, int threads) override {
-    const int64_t room = (lattice_.vertices() + 1) * width;
+  void start(int64_t width, bool adjoint, int threads) override {
+    const int64_t room = lattice_.rows() * width;
     if (room > room_) {
-      z_ = buffer<T>(room);
-      other_ = buffer<T>(room);
+      sums_ = buffer<T>(room);
+      blurred_ = buffer<T>(room);
       room_ = room;
     }
-    if (!weights_ || adjoint != adjoint_) weights_ = lattice_.splat_weights((adjoint ? after_ : before_).data());
-    adjoint_ = adjoint;
     width_ = width;
-    lattice_.splat(q, weights_.get(), z_.get(), width, threads);
-    blurred_ = lattice_.blur(z_.get(), other_.get(), width, adjoint, threads);
+    adjoint_ = adjoint;
+    parallel_for(room, 1 << 16, threads,
+                 [&](int64_t begin, int64_t end) { std::fill(sums_.get() + begin, sums_.get() + end, T(0)); });
   }
 
-  void messages(int64_t y, int64_t x, int64_t count, T* out) const override {
-    const int64_t begin = y * w_ + x;
-    lattice_.slice(blurred_, out, begin, begin + count, width_);
-    const T* scale = (adjoint_ ? before_ : after_).data() + begin;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < width_; ++k) out[i * width_ + k] *= scale[i];
+  void feed(int64_t begin, int64_t end, const T* q) override {
+    lattice_.splat(begin, end, q, (adjoint_ ? diagonals_.after : diagonals_.before).data(), sums_.get(), width_);
   }
+
+  void finish(int threads) override {
+    lattice_.blur(sums_.get(), width_, adjoint_, threads);
+    std::swap(sums_, blurred_);
+  }
+
+  void messages(int64_t begin, int64_t end, T* out, Scratch<T>&) const override {
+    lattice_.slice(blurred_.get(), begin, end, (adjoint_ ? diagonals_.before : diagonals_.after).data(), out, width_);
+  }
+
+  const T* ones() const override { return ones_.data(); }
 
  private:
+  // One number a pixel -> ones_.
+  void filter(const T* x, int threads) {
+    const int64_t N = lattice_.points(), bands = (N + Lattice::BAND - 1) / Lattice::BAND;
+    const auto each_band = [&](const auto& f) {
+      parallel_for(bands, 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t band = first; band < last; ++band)
+          f(band * Lattice::BAND, std::min(N, (band + 1) * Lattice::BAND));
+      });
+    };
+    start(1, false, threads);
+    each_band([&](int64_t begin, int64_t end) { feed(begin, end, x + begin); });
+    finish(threads);
+    each_band([&](int64_t begin, int64_t end) {
+      Scratch<T> scratch;
+      messages(begin, end, ones_.data() + begin, scratch);
+    });
+  }
+
   Lattice lattice_;
-  int64_t w_, width_ = 0, room_ = 0;
+  Diagonals<T> diagonals_;
+  std::vector<T> ones_;
+  int64_t width_ = 0, room_ = 0;
   bool adjoint_ = false;
-  std::vector<T> before_, after_;
-  std::unique_ptr<T[]> weights_, z_, other_;
-  const T* blurred_ = nullptr;
+  Memory<T> sums_, blurred_;  // what is fed, and what messages come from
 };
 
-// exp(-x^2 / 2 sx^2 - y^2 / 2 sy^2): columns first, into rows padded with zeros left and right, then along them. The
-// kernel of ones is a product of one number a column and one a row, and so are the diagonals.
+// exp(-x^2 / 2 sx^2 - y^2 / 2 sy^2), along columns when an image row is first asked for, then along that row. What is
+// fed lies between rows of zeros, and a row between zeros, so that borders are like all else. With more than FEW
+// numbers a pixel, where memory is what counts, probabilities (up to 1) are kept in 16 bits: in steps of 3e-5 after
+// normalisation, which the sum over a neighbourhood averages out.
 template <typename T>
 class SpatialTerm : public Term<T> {
  public:
@@ -173,71 +229,121 @@ class SpatialTerm : public Term<T> {
       : size_(size),
         taps_x_(taps(sigma[0], cut, size.w)),
         taps_y_(taps(sigma[1], cut, size.h)),
-        along_x_(diagonals(taps_x_, size.w, normalization)),
-        along_y_(diagonals(taps_y_, size.h, normalization)) {}
+        diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
+    const int64_t N = size.h * size.w;
+    const std::vector<T> one(N, T(1));
+    ones_ = diagonals_.before = diagonals_.after = one;
+    filter(one.data());
+    diagonals_ = Diagonals<T>(ones_.data(), N, normalization);
+    filter(one.data());
+    step_ = *std::max_element(diagonals_.before.begin(), diagonals_.before.end()) / NARROW_MAX;
+  }
 
-  void prepare(const T* q, int64_t width, bool adjoint, int threads) override {
-    const int64_t radius_x = taps_x_.size() - 1, radius_y = taps_y_.size() - 1;
-    const int64_t n = size_.w * width;
-    if (width != width_) {
-      width_ = width;
-      stride_ = n + 2 * radius_x * width;
-      rows_.assign(size_.h * stride_, T(0));
+  void start(int64_t width, bool adjoint, int) override {
+    const int64_t room = (size_.h + 2 * radius_y()) * size_.w * width;
+    Fed& fed = fed_[1];
+    fed.narrow = sizeof(T) == sizeof(float) && width > FEW && !adjoint;
+    fed.adjoint = adjoint;
+    fed.width = width;
+    const int64_t bytes = room * (fed.narrow ? sizeof(Narrow) : sizeof(T));
+    if (bytes != fed.bytes) fed.memory = buffer<char>(bytes, 0);
+    fed.bytes = bytes;
+  }
+
+  void feed(int64_t begin, int64_t end, const T* q) override {
+    const Fed& fed = fed_[1];
+    const int64_t to = (radius_y() * size_.w + begin) * fed.width;
+    if (fed.narrow) {
+      narrow_rows(q, diagonals_.before.data() + begin, 1 / step_, fed.template as<Narrow>() + to, end - begin,
+                  fed.width);
+    } else {
+      scaled_rows(q, (fed.adjoint ? diagonals_.after : diagonals_.before).data() + begin, fed.template as<T>() + to,
+                  end - begin, fed.width);
     }
-    const auto spread = [&](const std::vector<T>& along) {
-      std::vector<T> wide(n);
-      for (int64_t i = 0; i < n; ++i) wide[i] = along[i / width];
-      return wide;
-    };
-    const std::vector<T>& before_y = adjoint ? along_y_.after : along_y_.before;
-    const std::vector<T>& after_y = adjoint ? along_y_.before : along_y_.after;
-    const std::vector<T> before_x = spread(adjoint ? along_x_.after : along_x_.before);
-    after_x_ = spread(adjoint ? along_x_.before : along_x_.after);
-    parallel_for(size_.h, ROWS, threads, [&](int64_t begin, int64_t end) {
-      std::vector<T> weights(2 * radius_y + 1);
-      for (int64_t c = 0; c < n; c += COLUMNS)
-        for (int64_t y = begin; y < end; ++y) {
-          const int64_t top = std::max<int64_t>(0, y - radius_y), bottom = std::min(size_.h - 1, y + radius_y);
-          for (int64_t i = top; i <= bottom; ++i)
-            weights[i - top] = after_y[y] * taps_y_[std::abs(i - y)] * before_y[i];
-          vertical(weights.data(), bottom - top + 1, q + top * n + c, n, before_x.data() + c,
-                   rows_.data() + y * stride_ + radius_x * width + c, std::min(COLUMNS, n - c));
-        }
-    });
   }
 
-  void messages(int64_t y, int64_t x, int64_t count, T* out) const override {
-    const int64_t radius = taps_x_.size() - 1;
-    horizontal(taps_x_.data(), radius, rows_.data() + y * stride_ + (x + radius) * width_, width_,
-               after_x_.data() + x * width_, out, count * width_);
+  void finish(int) override { std::swap(fed_[0], fed_[1]); }
+
+  void messages(int64_t begin, int64_t end, T* out, Scratch<T>& scratch) const override {
+    const Fed& fed = fed_[0];
+    const int64_t width = fed.width, margin = radius_x() * width, stride = size_.w * width + 2 * margin;
+    const T* scale = (fed.adjoint ? diagonals_.before : diagonals_.after).data();
+    scratch.rows.resize(ROWS * stride);
+    while (begin < end) {
+      const int64_t y = begin / size_.w, x = begin % size_.w, count = std::min(end - begin, size_.w - x);
+      if (y / ROWS != scratch.y / ROWS || scratch.y < 0) {
+        scratch.y = y / ROWS * ROWS;
+        if (fed.narrow) {
+          filter_columns(fed.template as<Narrow>(), width, scratch);
+        } else {
+          filter_columns(fed.template as<T>(), width, scratch);
+        }
+      }
+      const T* row = scratch.rows.data() + (y - scratch.y) * stride + margin + x * width;
+      filter_row(taps_x_.data(), radius_x(), row, width, out, count * width);
+      scaled_rows(out, scale + begin, out, count, width);
+      if (fed.narrow)
+        for (int64_t i = 0; i < count * width; ++i) out[i] *= step_;
+      begin += count;
+      out += count * width;
+    }
   }
+
+  const T* ones() const override { return ones_.data(); }
 
  private:
+  static constexpr int64_t FEW = 4, ROWS = 4, COLUMNS = 512;
+
+  struct Fed {
+    Memory<char> memory;
+    int64_t bytes = 0, width = 0;
+    bool narrow = false, adjoint = false;
+
+    template <typename S>
+    S* as() const {
+      return reinterpret_cast<S*>(memory.get());
+    }
+  };
+
+  // Weights of 0, 1, ... steps; half of the first, which is added twice.
   static std::vector<T> taps(double sigma, double cut, int64_t n) {
     std::vector<T> weights;
     for (int64_t i = 0; i < n; ++i) {
       const double weight = std::exp(-0.5 * (i / sigma) * (i / sigma));
       if (weight < cut) break;
-      weights.push_back(static_cast<T>(weight));
+      weights.push_back(static_cast<T>(i == 0 ? 0.5 : weight));
     }
     return weights;
   }
 
-  static Diagonals<T> diagonals(const std::vector<T>& taps, int64_t n, Normalization normalization) {
-    std::vector<T> norm(n, T(0));
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t t = 0; t < static_cast<int64_t>(taps.size()); ++t) {
-        if (t > 0 && i - t >= 0) norm[i] += taps[t];
-        if (i + t < n) norm[i] += taps[t];
-      }
-    return Diagonals<T>(norm.data(), n, normalization);
+  // The rows of `scratch`, a few columns at a time, so that what they need stays in L1.
+  template <typename S>
+  void filter_columns(const S* fed, int64_t width, Scratch<T>& scratch) const {
+    const int64_t n = size_.w * width, margin = radius_x() * width;
+    for (int64_t c = 0; c < n; c += COLUMNS)
+      for (int64_t y = scratch.y; y < std::min(scratch.y + ROWS, size_.h); ++y)
+        filter_row(taps_y_.data(), radius_y(), fed + (y + radius_y()) * n + c, n,
+                   scratch.rows.data() + (y - scratch.y) * (n + 2 * margin) + margin + c, std::min(COLUMNS, n - c));
+  }
+
+  int64_t radius_x() const { return taps_x_.size() - 1; }
+  int64_t radius_y() const { return taps_y_.size() - 1; }
+
+  // One number a pixel -> ones_.
+  void filter(const T* x) {
+    Scratch<T> scratch;
+    start(1, false, 1);
+    feed(0, size_.h * size_.w, x);
+    finish(1);
+    messages(0, size_.h * size_.w, ones_.data(), scratch);
   }
 
   Size size_;
   std::vector<T> taps_x_, taps_y_;
-  Diagonals<T> along_x_, along_y_;
-  int64_t width_ = 0, stride_ = 0;
-  std::vector<T> rows_, after_x_;
+  Diagonals<T> diagonals_;
+  std::vector<T> ones_;
+  T step_ = 1;  // what one of a narrow number stands for
+  Fed fed_[2];  // what messages come from, and what is fed
 };
 
 // True Gaussian sums over all pairs of points, streaming.
@@ -245,43 +351,56 @@ template <typename T>
 class ExactTerm : public Term<T> {
  public:
   ExactTerm(std::vector<T> features, Size size, Normalization normalization, int threads)
-      : features_(std::move(features)), w_(size.w), N_(size.h * size.w), diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
-    const std::vector<T> ones(N_, T(1));
-    sum(ones.data(), 1, threads);
-    diagonals_ = Diagonals<T>(sums_.data(), N_, normalization);
+      : features_(std::move(features)), N_(size.h * size.w), diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
+    const std::vector<T> one(N_, T(1));
+    ones_ = diagonals_.before = diagonals_.after = one;
+    filter(one.data(), threads);
+    diagonals_ = Diagonals<T>(ones_.data(), N_, normalization);
+    filter(one.data(), threads);
   }
 
-  void prepare(const T* q, int64_t width, bool adjoint, int threads) override {
+  void start(int64_t width, bool adjoint, int) override {
+    next_width_ = width;
     adjoint_ = adjoint;
-    width_ = width;
-    const std::vector<T>& scale = adjoint ? diagonals_.after : diagonals_.before;
-    scaled_.resize(N_ * width);
-    for (int64_t i = 0; i < N_; ++i)
-      for (int64_t k = 0; k < width; ++k) scaled_[i * width + k] = scale[i] * q[i * width + k];
-    sum(scaled_.data(), width, threads);
+    fed_.resize(N_ * width);
   }
 
-  void messages(int64_t y, int64_t x, int64_t count, T* out) const override {
-    const std::vector<T>& scale = adjoint_ ? diagonals_.before : diagonals_.after;
-    const int64_t begin = y * w_ + x;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < width_; ++k) out[i * width_ + k] = scale[begin + i] * sums_[(begin + i) * width_ + k];
+  void feed(int64_t begin, int64_t end, const T* q) override {
+    scaled_rows(q, (adjoint_ ? diagonals_.after : diagonals_.before).data() + begin, fed_.data() + begin * next_width_,
+                end - begin, next_width_);
   }
 
- private:
-  void sum(const T* x, int64_t width, int threads) {
-    sums_.resize(N_ * width);
+  void finish(int threads) override {
+    width_ = next_width_;
+    sums_.resize(N_ * width_);
     const int64_t d = features_.size() / N_;
     parallel_for(N_, 16, threads, [&](int64_t begin, int64_t end) {
-      exact_rows(features_.data(), d, N_, begin, end, x, sums_.data(), width);
+      exact_rows(features_.data(), d, N_, begin, end, fed_.data(), sums_.data(), width_);
     });
   }
 
+  void messages(int64_t begin, int64_t end, T* out, Scratch<T>&) const override {
+    scaled_rows(sums_.data() + begin * width_, (adjoint_ ? diagonals_.before : diagonals_.after).data() + begin, out,
+                end - begin, width_);
+  }
+
+  const T* ones() const override { return ones_.data(); }
+
+ private:
+  // One number a pixel -> ones_.
+  void filter(const T* x, int threads) {
+    start(1, false, threads);
+    feed(0, N_, x);
+    finish(threads);
+    Scratch<T> scratch;
+    messages(0, N_, ones_.data(), scratch);
+  }
+
   std::vector<T> features_;
-  int64_t w_, N_, width_ = 0;
+  int64_t N_, next_width_ = 0, width_ = 0;
   bool adjoint_ = false;
   Diagonals<T> diagonals_;
-  std::vector<T> sums_, scaled_;
+  std::vector<T> ones_, fed_, sums_;
 };
 
 }  // namespace

@@ -13,15 +13,29 @@ struct Size {
   int64_t h, w;
 };
 
-// A normalised kernel K over the pixels, or its adjoint.
+// What a thread keeps between calls of a term's messages.
+template <typename T>
+struct Scratch {
+  int64_t y = -1;
+  std::vector<T> rows;  // image rows from y on, filtered along columns
+};
+
+// A normalised kernel K over the pixels, or its adjoint, in passes: start, rows of all pixels (which bands of
+// Lattice::BAND pixels may do side by side), finish; then the messages of any pixels may be asked for, also while the
+// next pass, with the same width and adjoint, is fed.
 template <typename T>
 class Term {
  public:
   virtual ~Term() = default;
-  // Does what needs all pixels, for rows q (N, width). Afterwards messages() may be called for any pixels.
-  virtual void prepare(const T* q, int64_t width, bool adjoint, int threads) = 0;
-  // Rows of K q for `count` pixels from (y, x) on, all in image row y.
-  virtual void messages(int64_t y, int64_t x, int64_t count, T* out) const = 0;
+  virtual void start(int64_t width, bool adjoint, int threads) = 0;
+  // Rows q (end - begin, width) of the pixels [begin, end), all in one band.
+  virtual void feed(int64_t begin, int64_t end, const T* q) = 0;
+  virtual void finish(int threads) = 0;
+  // Rows of K q of the pixels [begin, end). `scratch` is the caller's, fresh for every pass; it saves work if calls
+  // come in the order of the pixels.
+  virtual void messages(int64_t begin, int64_t end, T* out, Scratch<T>& scratch) const = 0;
+  // K 1, for all pixels.
+  virtual const T* ones() const = 0;
 };
 
 // On a permutohedral lattice. features (d, N).

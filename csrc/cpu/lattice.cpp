@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -15,14 +16,15 @@ namespace {
 
 constexpr int MAX_D = 15;
 constexpr int64_t TILE = 64;      // points whose simplices are searched together
+constexpr int64_t GROUP = 16;     // points whose tables lie together
 constexpr float LIMIT = 4194304;  // 2^22: larger coordinates have no fraction worth the name in float
-constexpr int64_t GRAIN = 512;    // vertices a task handles
-constexpr int64_t RANGE_PART = 1 << 14;
+constexpr int64_t GRAIN = 4096;   // vertices a task handles
+constexpr int64_t CHUNK = 256;    // vertices of a chain that are blurred together
 
 // What the search finds about TILE points, points innermost.
 struct Simplices {
   float weight[MAX_D + 2][TILE];
-  int32_t base[MAX_D + 1][TILE];  // coordinates of the vertex with remainder 0
+  int32_t base[MAX_D + 1][TILE];  // coordinates of the vertex with remainder 0, over d + 1
   int32_t rank[MAX_D + 1][TILE];
   float elevated[MAX_D + 1][TILE];
 };
@@ -49,31 +51,6 @@ FASTCAM_INLINE void elevate(const float* features, const float* scale, int64_t N
     }
   }
   for (int64_t i = 0; i < count; ++i) elevated[0][i] = total[i];
-}
-
-// Widens low and high (d + 1) to the coordinates of `count` points. False if one is not finite or not below LIMIT.
-FASTCAM_MULTIVERSION bool elevated_range(const float* features, const float* scale, int64_t N, int64_t d, int64_t count,
-                                         float* low, float* high) {
-  float elevated[MAX_D + 1][TILE], lows[TILE], highs[TILE];
-  int32_t bad = 0;
-  for (int64_t begin = 0; begin < count; begin += TILE) {
-    const int64_t n = std::min(TILE, count - begin);
-    elevate(features + begin, scale, N, d, n, elevated);
-    for (int64_t j = 0; j <= d; ++j) {
-      for (int64_t i = 0; i < n; ++i) bad |= !(elevated[j][i] > -LIMIT && elevated[j][i] < LIMIT);
-      std::copy_n(elevated[j], n, lows);
-      std::copy_n(elevated[j], n, highs);
-      for (int64_t i = n; i < TILE; ++i) lows[i] = highs[i] = 0;
-      for (int64_t half = TILE / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) {
-          lows[i] = lows[i + half] < lows[i] ? lows[i + half] : lows[i];
-          highs[i] = highs[i + half] > highs[i] ? highs[i + half] : highs[i];
-        }
-      low[j] = std::min(low[j], lows[0]);
-      high[j] = std::max(high[j], highs[0]);
-    }
-  }
-  return bad == 0;
 }
 
 // The simplex of each of `count` points, whose coordinates are below LIMIT (Adams et al., section 3).
@@ -103,8 +80,8 @@ FASTCAM_MULTIVERSION void find_simplices(const float* features, const float* sca
       const int32_t rank = s.rank[j][i] + sum[i];
       const int32_t wrap = (rank < 0) - (rank > d);
       s.rank[j][i] = rank + wrap * n;
-      s.base[j][i] = (s.base[j][i] + wrap) * n;
-      s.elevated[j][i] = (s.elevated[j][i] - static_cast<float>(s.base[j][i])) * inverse;
+      s.base[j][i] += wrap;
+      s.elevated[j][i] = (s.elevated[j][i] - static_cast<float>(s.base[j][i] * n)) * inverse;
     }
   for (int64_t j = 0; j <= d + 1; ++j)
     for (int64_t i = 0; i < count; ++i) s.weight[j][i] = 0;
@@ -119,116 +96,256 @@ FASTCAM_MULTIVERSION void find_simplices(const float* features, const float* sca
 [[noreturn]] void refuse_features() {
   throw std::invalid_argument(
       "crf_mean_field: expected finite lattice features (coordinates over sxy, image over srgb) of less than about a "
-      "million, "
-      "got larger or NaN");
+      "million, got larger or NaN");
 }
 
-// Keys -> 0, 1, 2, ... in the order in which they are first seen. Open addressing; grows to stay at most half full.
-template <typename Key>
+// Widens low and high to GROUP numbers; sets bad where one is not finite or not below LIMIT.
+FASTCAM_INLINE void widen(const float* x, float* low, float* high, int32_t* bad) {
+  for (int64_t i = 0; i < GROUP; ++i) {
+    bad[i] |= !(x[i] > -LIMIT && x[i] < LIMIT);
+    low[i] = x[i] < low[i] ? x[i] : low[i];
+    high[i] = x[i] > high[i] ? x[i] : high[i];
+  }
+}
+
+// Smallest and largest of n numbers; false if one is not finite or not below LIMIT.
+FASTCAM_MULTIVERSION bool range_of(const float* x, int64_t n, float* smallest, float* largest) {
+  float low[GROUP], high[GROUP], rest[GROUP];
+  int32_t bad[GROUP] = {};
+  std::fill(low, low + GROUP, x[0]);
+  std::fill(high, high + GROUP, x[0]);
+  std::fill(rest, rest + GROUP, x[0]);
+  const int64_t whole = n / GROUP * GROUP;
+  for (int64_t i = 0; i < whole; i += GROUP) widen(x + i, low, high, bad);
+  std::copy_n(x + whole, n - whole, rest);
+  widen(rest, low, high, bad);
+  *smallest = *std::min_element(low, low + GROUP);
+  *largest = *std::max_element(high, high + GROUP);
+  return std::count(bad, bad + GROUP, 0) == GROUP;
+}
+
+// Keys -> 0, 1, 2, ... in the order in which they are first seen. Open addressing; a slot holds key and number in one
+// word, and the table grows to stay at most half full.
+template <typename Word>
 class Numbering {
  public:
-  int32_t number(Key key) {
+  Numbering(int id_bits, int64_t expected) : id_bits_(id_bits) {
+    while (shift_ > 64 - 40 && (int64_t(1) << (64 - shift_)) < 2 * expected) --shift_;
+    slots_.assign(int64_t(1) << (64 - shift_), EMPTY);
+  }
+
+  int32_t number(Word key) {
     int64_t at = find(key);
-    if (slots_[at].id < 0) {
+    if (slots_[at] == EMPTY) {
       if (2 * (static_cast<int64_t>(keys_.size()) + 1) > static_cast<int64_t>(slots_.size())) {
         grow();
         at = find(key);
       }
-      slots_[at] = {key, static_cast<int32_t>(keys_.size())};
+      slots_[at] = slot(key, keys_.size());
       keys_.push_back(key);
     }
-    return slots_[at].id;
+    return id(slots_[at]);
   }
-  int32_t lookup(Key key) const { return slots_[find(key)].id; }
-  void prefetch(Key key) const { __builtin_prefetch(&slots_[home(key)]); }
-  const std::vector<Key>& keys() const { return keys_; }
+  // -1 for an unknown key.
+  int32_t lookup(Word key) const {
+    const Word word = slots_[find(key)];
+    return word == EMPTY ? -1 : id(word);
+  }
+  void prefetch(Word key) const { __builtin_prefetch(&slots_[home(key)]); }
+  const std::vector<Word>& keys() const { return keys_; }
 
  private:
-  struct Slot {
-    Key key;
-    int32_t id;
-  };
+  static constexpr Word EMPTY = ~Word(0);
 
-  int64_t home(Key key) const {
+  Word slot(Word key, size_t number) const { return (key << id_bits_) | static_cast<Word>(number); }
+  int32_t id(Word word) const { return static_cast<int32_t>(word & ((Word(1) << id_bits_) - 1)); }
+  int64_t home(Word key) const {
     uint64_t h = static_cast<uint64_t>(key);
-    if constexpr (sizeof(Key) > 8) h ^= static_cast<uint64_t>(key >> 64) * 0xc2b2ae3d27d4eb4full;
+    if constexpr (sizeof(Word) > 8) h ^= static_cast<uint64_t>(key >> 64) * 0xc2b2ae3d27d4eb4full;
     return static_cast<int64_t>((h * 0x9e3779b97f4a7c15ull) >> shift_);
   }
-  int64_t find(Key key) const {
+  int64_t find(Word key) const {
     const int64_t mask = static_cast<int64_t>(slots_.size()) - 1;
     int64_t at = home(key);
-    while (slots_[at].id >= 0 && slots_[at].key != key) at = (at + 1) & mask;
+    while (slots_[at] != EMPTY && (slots_[at] >> id_bits_) != key) at = (at + 1) & mask;
     return at;
   }
   void grow() {
     shift_ -= 2;
-    slots_.assign(slots_.size() * 4, {0, -1});
-    for (size_t i = 0; i < keys_.size(); ++i) slots_[find(keys_[i])] = {keys_[i], static_cast<int32_t>(i)};
+    slots_.assign(slots_.size() * 4, EMPTY);
+    for (size_t i = 0; i < keys_.size(); ++i) slots_[find(keys_[i])] = slot(keys_[i], i);
   }
 
-  int shift_ = 64 - 12;
-  std::vector<Slot> slots_ = std::vector<Slot>(1 << 12, Slot{0, -1});
-  std::vector<Key> keys_;
+  int id_bits_, shift_ = 64 - 12;
+  std::vector<Word> slots_;
+  std::vector<Word> keys_;
 };
 
-template <typename T, int W, int R>
+// Where a vertex lies: its coordinates are (d + 1) q_j + r with a remainder r of its own (r - (d + 1) where the simplex
+// wraps, which moves q_j). r takes the lowest bits of a key, q_j those from shift[j] on; the last coordinate is
+// implied.
+struct Packing {
+  static constexpr int REMAINDER_BITS = 4;
+  int64_t d;
+  int32_t low[MAX_D];    // smallest q_j
+  int shift[MAX_D + 1];  // the last: all bits
+
+  Packing(const std::vector<double>& smallest, const std::vector<int>& bits) : d(bits.size()) {
+    shift[0] = REMAINDER_BITS;
+    for (int64_t j = 0; j < d; ++j) {
+      low[j] = static_cast<int32_t>(smallest[j]);
+      shift[j + 1] = shift[j] + bits[j];
+    }
+  }
+
+  // What one more of q_j adds to a key.
+  template <typename Word>
+  Word unit(int64_t j) const {
+    return j < d ? Word(1) << shift[j] : Word(0);
+  }
+
+  // What leads from a vertex to the next along an axis, d more on its coordinate and 1 less on all others; from one of
+  // remainder 0, `wrapped`.
+  template <typename Word>
+  Word step(int64_t axis, bool wrapped) const {
+    Word ones = 0;
+    for (int64_t j = 0; j < d; ++j) ones += unit<Word>(j);
+    return unit<Word>(axis) + (wrapped ? static_cast<Word>(d) - ones : ~Word(0));
+  }
+};
+
+// Keys of all vertices of TILE points' simplices: keys[k][i].
+template <typename Word>
+FASTCAM_INLINE void pack(const Packing& packing, const Simplices& s, Word (*keys)[TILE]) {
+  const int64_t d = packing.d;
+  Word base[TILE] = {};
+  for (int64_t j = 0; j < d; ++j)
+    for (int64_t i = 0; i < TILE; ++i)
+      base[i] += static_cast<Word>(static_cast<uint32_t>(s.base[j][i] - packing.low[j])) << packing.shift[j];
+  for (int64_t j = 0; j <= d; ++j) {  // the coordinates by falling rank lead from vertex to vertex
+    const Word unit = packing.unit<Word>(j);
+    for (int64_t i = 0; i < TILE; ++i) keys[d - s.rank[j][i]][i] = unit;
+  }
+  for (int64_t k = 0; k <= d; ++k)
+    for (int64_t i = 0; i < TILE; ++i) {
+      const Word step = keys[k][i];
+      keys[k][i] = base[i];
+      base[i] += 1 - step;
+    }
+}
+FASTCAM_MULTIVERSION void keys_of(const Packing& packing, const Simplices& s, uint64_t (*keys)[TILE]) {
+  pack(packing, s, keys);
+}
+void keys_of(const Packing& packing, const Simplices& s, unsigned __int128 (*keys)[TILE]) { pack(packing, s, keys); }
+
+template <typename Row>
 struct Splat {
-  static FASTCAM_INLINE void run(int64_t c, const int32_t* first, const int32_t* point, const T* weight, const T* x,
-                                 T* z, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t v = begin; v < end; ++v) {
-      typename Lanes<T, W>::type sum[R] = {};
-      for (int64_t e = first[v]; e < first[v + 1]; ++e) {
-        const T* row = x + point[e] * width + c;
-        for (int r = 0; r < R; ++r) sum[r] += weight[e] * lanes<T, W>(row + r * W);
-      }
-      for (int r = 0; r < R; ++r) lanes<T, W>(z + v * width + c + r * W) = sum[r];
-    }
-  }
-};
-
-template <typename T, int W, int R>
-struct Blur {
-  static FASTCAM_INLINE void run(int64_t c, const int32_t* neighbour, const T* z, T* out, int64_t begin, int64_t end,
-                                 int64_t width) {
-    for (int64_t v = begin; v < end; ++v) {
-      const T* plus = z + neighbour[2 * v] * width + c;
-      const T* minus = z + neighbour[2 * v + 1] * width + c;
-      const int64_t own = v * width + c;
-      for (int r = 0; r < R; ++r)
-        lanes<T, W>(out + own + r * W) =
-            lanes<T, W>(z + own + r * W) + T(0.5) * (lanes<T, W>(plus + r * W) + lanes<T, W>(minus + r * W));
-    }
-  }
-};
-
-template <typename T, int W, int R>
-struct Slice {
-  static FASTCAM_INLINE void run(int64_t c, const int32_t* vertex, const float* weight, const T* z, T* out,
-                                 int64_t count, int64_t corners, T alpha, int64_t width) {
-    for (int64_t i = 0; i < count; ++i) {
-      typename Lanes<T, W>::type sum[R] = {};
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,
+                                 int64_t end, const T* x, const T* scale, T* z, int64_t width) {
+    for (int64_t i = begin; i < end; ++i) {
+      Row row = Row::load(x + (i - begin) * width + c);
+      if (scale) row = row * scale[i];
+      const int64_t at = i / GROUP * GROUP * corners + i % GROUP;
       for (int64_t k = 0; k < corners; ++k) {
-        const T* row = z + vertex[i * corners + k] * width + c;
-        const T w = static_cast<T>(weight[i * corners + k]);
-        for (int r = 0; r < R; ++r) sum[r] += w * lanes<T, W>(row + r * W);
+        T* to = z + vertex[at + k * GROUP] * width + c;
+        (Row::load(to) + row * static_cast<T>(weight[at + k * GROUP])).store(to);
       }
-      for (int r = 0; r < R; ++r) lanes<T, W>(out + i * width + c + r * W) = alpha * sum[r];
     }
   }
 };
+
+template <typename Row>
+struct Slice {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,
+                                 int64_t end, const T* z, T alpha, const T* scale, T* out, int64_t width) {
+    for (int64_t i = begin; i < end; ++i) {
+      Row sum = Row::zero();
+      const int64_t at = i / GROUP * GROUP * corners + i % GROUP;
+      for (int64_t k = 0; k < corners; ++k)
+        sum = sum + Row::load(z + vertex[at + k * GROUP] * width + c) * static_cast<T>(weight[at + k * GROUP]);
+      (sum * (scale ? alpha * scale[i] : alpha)).store(out + (i - begin) * width + c);
+    }
+  }
+};
+
+template <typename Row>
+struct Blur {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* chains, int64_t begin, int64_t end, int32_t zero,
+                                 int32_t waste, T* z, int64_t width) {
+    Row previous = Row::zero(), own = Row::zero();
+    for (int64_t e = begin; e < end; ++e) {
+      const Row next = Row::load(z + chains[e + 1] * width + c);
+      const int64_t to = chains[e] == zero ? waste : chains[e];
+      (own + (previous + next) * T(0.5)).store(z + to * width + c);
+      previous = own;
+      own = next;
+    }
+  }
+};
+
+// The same for rows of one number: vectors run over the points or vertices.
+template <typename T>
+FASTCAM_INLINE void splat_numbers(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,
+                                  int64_t end, const T* x, const T* scale, T* z) {
+  for (int64_t group = begin; group < end; group += GROUP) {
+    const int64_t n = std::min(GROUP, end - group);
+    T value[GROUP] = {}, part[(MAX_D + 1) * GROUP];
+    for (int64_t i = 0; i < n; ++i) value[i] = x[group - begin + i] * (scale ? scale[group + i] : T(1));
+    const float* w = weight + group * corners;
+    const int32_t* v = vertex + group * corners;
+    for (int64_t k = 0; k < corners; ++k)
+      for (int64_t i = 0; i < GROUP; ++i) part[k * GROUP + i] = value[i] * static_cast<T>(w[k * GROUP + i]);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < corners; ++k) z[v[k * GROUP + i]] += part[k * GROUP + i];
+  }
+}
+
+template <typename T>
+FASTCAM_INLINE void slice_numbers(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,
+                                  int64_t end, const T* z, T alpha, const T* scale, T* out) {
+  for (int64_t group = begin; group < end; group += GROUP) {
+    T sum[GROUP] = {};
+    for (int64_t k = 0; k < corners; ++k) {
+      const int64_t at = group * corners + k * GROUP;
+      for (int64_t i = 0; i < GROUP; ++i) sum[i] += z[vertex[at + i]] * static_cast<T>(weight[at + i]);
+    }
+    for (int64_t i = 0; i < std::min(GROUP, end - group); ++i)
+      out[group - begin + i] = sum[i] * (scale ? alpha * scale[group + i] : alpha);
+  }
+}
+
+template <typename T>
+FASTCAM_INLINE void blur_numbers(const int32_t* chains, int64_t begin, int64_t end, int32_t zero, int32_t waste, T* z) {
+  T old[CHUNK + 2] = {}, blurred[CHUNK];  // what stood in chains[e - 1], chains[e], ...
+  for (int64_t e = begin; e < end; e += CHUNK) {
+    const int64_t n = std::min(CHUNK, end - e);
+    for (int64_t i = 0; i < n; ++i) old[i + 2] = z[chains[e + i + 1]];
+    for (int64_t i = 0; i < n; ++i) blurred[i] = old[i + 1] + T(0.5) * (old[i] + old[i + 2]);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) z[chains[e + i] == zero ? waste : chains[e + i]] = blurred[i];
+    old[0] = old[n];
+    old[1] = old[n + 1];
+  }
+}
 
 #define FASTCAM_ROW_STEPS(T)                                                                                          \
-  FASTCAM_MULTIVERSION void splat_rows(const int32_t* first, const int32_t* point, const T* weight, const T* x, T* z, \
-                                       int64_t begin, int64_t end, int64_t width) {                                   \
-    each_block<Splat, T>(width, first, point, weight, x, z, begin, end, width);                                       \
+  FASTCAM_MULTIVERSION void splat_rows(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,    \
+                                       int64_t end, const T* x, const T* scale, T* z, int64_t width) {                \
+    if (width == 1) return splat_numbers(vertex, weight, corners, begin, end, x, scale, z);                           \
+    each_piece<Splat, T>(width, vertex, weight, corners, begin, end, x, scale, z, width);                             \
   }                                                                                                                   \
-  FASTCAM_MULTIVERSION void blur_rows(const int32_t* neighbour, const T* z, T* out, int64_t begin, int64_t end,       \
-                                      int64_t width) {                                                                \
-    each_block<Blur, T>(width, neighbour, z, out, begin, end, width);                                                 \
+  FASTCAM_MULTIVERSION void slice_rows(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,    \
+                                       int64_t end, const T* z, T alpha, const T* scale, T* out, int64_t width) {     \
+    if (width == 1) return slice_numbers(vertex, weight, corners, begin, end, z, alpha, scale, out);                  \
+    each_piece<Slice, T>(width, vertex, weight, corners, begin, end, z, alpha, scale, out, width);                    \
   }                                                                                                                   \
-  FASTCAM_MULTIVERSION void slice_rows(const int32_t* vertex, const float* weight, const T* z, T* out, int64_t count, \
-                                       int64_t corners, T alpha, int64_t width) {                                     \
-    each_block<Slice, T>(width, vertex, weight, z, out, count, corners, alpha, width);                                \
+  FASTCAM_MULTIVERSION void blur_rows(const int32_t* chains, int64_t begin, int64_t end, int32_t zero, int32_t waste, \
+                                      T* z, int64_t width) {                                                          \
+    if (width == 1) return blur_numbers(chains, begin, end, zero, waste, z);                                          \
+    each_piece<Blur, T>(width, chains, begin, end, zero, waste, z, width);                                            \
   }
 FASTCAM_ROW_STEPS(float)
 FASTCAM_ROW_STEPS(double)
@@ -240,194 +357,270 @@ Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(
   if (d < 1 || d > MAX_D)
     throw std::invalid_argument("Lattice: expected 1 to " + std::to_string(MAX_D) + " features, got " +
                                 std::to_string(d));
-  if (N < 1 || N > std::numeric_limits<int32_t>::max() / (d + 1) - 1)
-    throw std::invalid_argument("Lattice: expected 1 to 2**31 / (d + 1) points, got " + std::to_string(N));
-  vertex_ = buffer<int32_t>(N * (d + 1));
-  weight_ = buffer<float>(N * (d + 1));
+  if (N < 1 || N > std::numeric_limits<int32_t>::max() / (d + 1) / 2 - 1)
+    throw std::invalid_argument("Lattice: expected 1 to 2**30 / (d + 1) points, got " + std::to_string(N));
 
-  // How many bits a key needs for each coordinate, from the range of the elevated coordinates; the point of zeros
-  // included.
+  // How many bits a key needs for each coordinate: bounds of the elevated coordinates, from those of the features and
+  // of the point of zeros.
   const std::vector<float> scale = scales(d);
-  const int64_t parts = (N + RANGE_PART - 1) / RANGE_PART;
-  std::vector<float> lows(parts * (d + 1), 0), highs(parts * (d + 1), 0);
-  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t from = i * RANGE_PART;
-      if (!elevated_range(features + from, scale.data(), N, d, std::min(RANGE_PART, N - from), &lows[i * (d + 1)],
-                          &highs[i * (d + 1)]))
-        refuse_features();
-    }
-  });
-  std::vector<int64_t> low(d);
+  std::vector<double> smallest(d), largest(d), low(d);
   std::vector<int> bits(d);
-  int sum = 0;
   for (int64_t j = 0; j < d; ++j) {
-    float smallest = 0, largest = 0;
-    for (int64_t i = 0; i < parts; ++i) {
-      smallest = std::min(smallest, lows[i * (d + 1) + j]);
-      largest = std::max(largest, highs[i * (d + 1) + j]);
-    }
-    const int64_t margin =
-        3 * (d + 2);  // a point's vertices lie within d + 1 of it, and their neighbours within d of them
-    low[j] = static_cast<int64_t>(std::floor(smallest)) - margin;
-    const int64_t span = static_cast<int64_t>(std::ceil(largest)) + margin - low[j];
-    while (bits[j] < 40 && (int64_t(1) << bits[j]) <= span) ++bits[j];
-    sum += bits[j];
+    float a, b;
+    if (!range_of(features + j * N, N, &a, &b)) refuse_features();
+    smallest[j] = std::min(0.0f, a * scale[j]);
+    largest[j] = std::max(0.0f, b * scale[j]);
   }
-  if (sum <= 64) {
-    number_vertices<uint64_t>(low, bits, features, threads);
-  } else if (sum <= 128) {
-    number_vertices<unsigned __int128>(low, bits, features, threads);
+  int id_bits = 1, sum = Packing::REMAINDER_BITS;
+  while ((int64_t(1) << id_bits) <= (N + 1) * (d + 1)) ++id_bits;
+  double above_low = 0, above_high = 0;  // the part of the features after j
+  for (int64_t j = d; j >= 0; --j) {
+    const double a = above_low - (j > 0 ? j * largest[j - 1] : 0), b = above_high - (j > 0 ? j * smallest[j - 1] : 0);
+    if (!(a > -LIMIT && b < LIMIT)) refuse_features();
+    if (j < d) {
+      constexpr double MARGIN = 4;  // a point's vertices lie within d + 1 of it, their neighbours within d of them
+      low[j] = std::floor(a / (d + 1)) - MARGIN;
+      const double span = std::ceil(b / (d + 1)) + MARGIN - low[j];
+      while (std::ldexp(1.0, bits[j]) <= span) ++bits[j];
+      sum += bits[j];
+    }
+    if (j > 0) {
+      above_low += smallest[j - 1];
+      above_high += largest[j - 1];
+    }
+  }
+  if (sum + id_bits < 64) {
+    build<uint64_t>(low, bits, id_bits, features, threads);
+  } else if (sum + id_bits < 128) {
+    build<unsigned __int128>(low, bits, id_bits, features, threads);
   } else {
     throw std::invalid_argument("Lattice: expected features whose lattice coordinates fit 128 bits together, got " +
-                                std::to_string(sum) + " bits; use larger standard deviations");
+                                std::to_string(sum + id_bits) + " bits; use larger standard deviations");
   }
 }
 
-template <typename Key>
-void Lattice::number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features,
-                              int threads) {
-  const int64_t d = d_, N = N_, corners = d + 1;
-  std::vector<Key> unit(corners, 0);  // what one step along a coordinate adds to a key; the last coordinate is implied
-  Key ones = 0;
-  for (int64_t i = 0, shift = 0; i < d; shift += bits[i++]) {
-    unit[i] = Key(1) << shift;
-    ones += unit[i];
-  }
+template <typename Word>
+void Lattice::build(const std::vector<double>& low, const std::vector<int>& bits, int id_bits, const float* features,
+                    int threads) {
+  const int64_t d = d_, N = N_, corners = d + 1, bands = (N + BAND - 1) / BAND;
+  const Packing packing(low, bits);
   const std::vector<float> scale = scales(d);
+  const int64_t room = (N + GROUP - 1) / GROUP * GROUP * corners;
+  vertex_ = buffer<int32_t>(room);
+  weight_ = buffer<float>(room);
 
-  // Each point's vertex of remainder 0, and its coordinates by falling rank: they lead to the other vertices one by
-  // one.
-  struct Place {
-    Key key;
-    uint8_t falling[MAX_D + 1];
-  };
-  const auto search = [&](const float* from, int64_t stride, int64_t count, Place* places, float* weights) {
-    Simplices s;
-    find_simplices(from, scale.data(), stride, d, count, s);
-    for (int64_t i = 0; i < count; ++i) {
-      Key key = 0;
-      for (int64_t j = 0; j < d; ++j) key += unit[j] * static_cast<uint64_t>(s.base[j][i] - low[j]);
-      places[i].key = key;
-      for (int64_t j = 0; j <= d; ++j) places[i].falling[d - s.rank[j][i]] = static_cast<uint8_t>(j);
-      for (int64_t k = 0; k <= d; ++k) weights[i * corners + k] = s.weight[k][i];
+  // Every band numbers the vertices it meets.
+  std::vector<std::vector<Word>> met(bands);
+  parallel_for(bands, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t band = first; band < last; ++band) {
+      Numbering<Word> numbering(id_bits, 4096);
+      const int64_t end = std::min(N, (band + 1) * BAND);
+      Simplices s = {};
+      Word keys[MAX_D + 1][TILE];
+      for (int64_t begin = band * BAND; begin < end; begin += TILE) {
+        const int64_t count = std::min(TILE, end - begin);
+        find_simplices(features + begin, scale.data(), N, d, count, s);
+        keys_of(packing, s, keys);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = (begin + i) / GROUP * GROUP * corners + i % GROUP;
+          for (int64_t k = 0; k < corners; ++k) {
+            vertex_[at + k * GROUP] = numbering.number(keys[k][i]);
+            weight_[at + k * GROUP] = s.weight[k][i];
+          }
+        }
+      }
+      met[band] = numbering.keys();
     }
-  };
-  const auto places = buffer<Place>(N);
-  parallel_for(N, TILE * 16, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += TILE)
-      search(features + i, N, std::min(TILE, end - i), places.get() + i, weight_.get() + i * corners);
   });
 
-  Numbering<Key> numbering;
-  const auto keys_of = [&](const Place& p, Key* keys) {
-    keys[0] = p.key;
-    for (int64_t k = 1; k <= d; ++k) keys[k] = keys[k - 1] + ones - static_cast<Key>(d + 1) * unit[p.falling[k - 1]];
-  };
-  constexpr int64_t AHEAD = 8;
-  Key keys[AHEAD][MAX_D + 1];
-  for (int64_t begin = 0; begin < N; begin += AHEAD) {
-    const int64_t count = std::min(AHEAD, N - begin);
-    for (int64_t i = 0; i < count; ++i) {
-      keys_of(places[begin + i], keys[i]);
-      for (int64_t k = 0; k <= d; ++k) numbering.prefetch(keys[i][k]);
+  // A vertex gets its number from the first band that meets it; what a later band met is a copy.
+  constexpr int64_t AHEAD = 16;
+  int64_t expected = 0;
+  for (const std::vector<Word>& keys : met) expected += keys.size();
+  Numbering<Word> numbering(id_bits, expected);
+  std::vector<std::vector<int32_t>> row(bands);  // of each vertex a band met; -1 - c for copy c
+  std::vector<int32_t> owner;                    // of each copy
+  for (int64_t band = 0; band < bands; ++band) {
+    const std::vector<Word>& keys = met[band];
+    row[band].resize(keys.size());
+    for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); ++i) {
+      if (i + AHEAD < static_cast<int64_t>(keys.size())) numbering.prefetch(keys[i + AHEAD]);
+      const int64_t known = numbering.keys().size();
+      const int32_t id = numbering.number(keys[i]);
+      row[band][i] = id;
+      if (id < known) {
+        row[band][i] = -1 - static_cast<int32_t>(owner.size());
+        owner.push_back(id);
+      }
     }
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k <= d; ++k) vertex_[(begin + i) * corners + k] = numbering.number(keys[i][k]);
   }
   if (N % 4 != 0) {  // pydensecrf's x86 build fills the last group of four points with zeros, whose vertices enter too
     const float zeros[MAX_D] = {};
-    Place place;
-    float weights[MAX_D + 1];
-    search(zeros, 1, 1, &place, weights);
-    keys_of(place, keys[0]);
-    for (int64_t k = 0; k <= d; ++k) numbering.number(keys[0][k]);
+    Simplices s = {};
+    Word keys[MAX_D + 1][TILE];
+    find_simplices(zeros, scale.data(), 1, d, 1, s);
+    keys_of(packing, s, keys);
+    for (int64_t k = 0; k < corners; ++k) numbering.number(keys[k][0]);
   }
-  M_ = static_cast<int64_t>(numbering.keys().size());
+  M_ = numbering.keys().size();
 
-  neighbour_.assign(corners * M_ * 2, static_cast<int32_t>(M_));
-  parallel_for(M_, GRAIN, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t j = 0; j <= d; ++j) {
-      const Key delta = static_cast<Key>(d + 1) * unit[j] - ones;
-      int32_t* of_axis = neighbour_.data() + j * M_ * 2;
-      for (int64_t v = begin; v < end; ++v) {
-        const int32_t u = numbering.lookup(numbering.keys()[v] + delta);
-        if (u < 0) continue;
-        of_axis[2 * v] = u;
-        of_axis[2 * u + 1] = static_cast<int32_t>(v);  // nobody else has u one step ahead
+  // Copies are sorted by owner: counts, two places on, become ends one place on, become beginnings.
+  std::vector<int32_t> begin_of(M_ + 2, 0), copy_row(owner.size());
+  for (const int32_t id : owner) ++begin_of[id + 2];
+  for (int64_t v = 2; v < M_ + 2; ++v) begin_of[v] += begin_of[v - 1];
+  for (size_t c = 0; c < owner.size(); ++c) copy_row[c] = static_cast<int32_t>(M_) + begin_of[owner[c] + 1]++;
+  for (int64_t v = 0; v < M_; ++v)
+    if (begin_of[v + 1] > begin_of[v]) {
+      owners_.push_back(static_cast<int32_t>(v));
+      copies_.push_back(static_cast<int32_t>(M_) + begin_of[v]);
+    }
+  zero_ = static_cast<int32_t>(M_ + owner.size());
+  copies_.push_back(zero_);
+
+  parallel_for(bands, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t band = first; band < last; ++band) {
+      for (int32_t& r : row[band])
+        if (r < 0) r = copy_row[-1 - r];
+      const int64_t end = std::min(N, (band + 1) * BAND);
+      for (int64_t begin = band * BAND; begin < end; begin += GROUP)
+        for (int64_t k = 0; k < corners; ++k)
+          for (int64_t i = 0; i < GROUP; ++i) {
+            int32_t& v = vertex_[begin * corners + k * GROUP + i];
+            v = begin + i < end ? row[band][v] : zero_;
+          }
+    }
+  });
+  for (int64_t i = N; i % GROUP != 0; ++i)
+    for (int64_t k = 0; k < corners; ++k) weight_[i / GROUP * GROUP * corners + k * GROUP + i % GROUP] = 0;
+
+  // Along each axis: who comes after each vertex (-1: nobody), hence chains.
+  const int64_t M = M_, parts = (M + GRAIN - 1) / GRAIN;
+  const auto after = buffer<int32_t>(corners * M);
+  parallel_for(corners * parts, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t axis = part / parts, end = std::min(M, (part % parts + 1) * GRAIN);
+      const Word step = packing.step<Word>(axis, false), wrapped = packing.step<Word>(axis, true);
+      Word key[AHEAD];
+      for (int64_t from = part % parts * GRAIN; from < end; from += AHEAD) {
+        const int64_t n = std::min(AHEAD, end - from);
+        for (int64_t i = 0; i < n; ++i) {
+          const Word own = numbering.keys()[from + i];
+          key[i] = own + ((own & ((1 << Packing::REMAINDER_BITS) - 1)) == 0 ? wrapped : step);
+          numbering.prefetch(key[i]);
+        }
+        for (int64_t i = 0; i < n; ++i) after[axis * M + from + i] = numbering.lookup(key[i]);
       }
     }
   });
-
-  first_.assign(M_ + 2, 0);  // counts, two places on, become ends one place on, become beginnings
-  for (int64_t e = 0; e < N * corners; ++e) ++first_[vertex_[e] + 2];
-  for (int64_t v = 2; v < M_ + 2; ++v) first_[v] += first_[v - 1];
-  point_ = buffer<int32_t>(N * corners);
-  for (int64_t i = 0; i < N; ++i)
-    for (int64_t k = 0; k <= d; ++k) point_[first_[vertex_[i * corners + k] + 1]++] = static_cast<int32_t>(i);
+  axes_.resize(corners);
+  parallel_for(corners, 1, threads, [&](int64_t first, int64_t last) {
+    std::vector<int32_t> starts(M + 1);
+    for (int64_t j = first; j < last; ++j) {
+      const int32_t* next = after.get() + j * M;
+      std::vector<uint8_t> follows(M + 1, 0);
+      for (int64_t v = 0; v < M; ++v) follows[next[v] < 0 ? M : next[v]] = 1;
+      int64_t count = 0;
+      for (int64_t v = 0; v < M; ++v) {
+        starts[count] = static_cast<int32_t>(v);
+        count += next[v] >= 0 && !follows[v];
+      }
+      Axis& axis = axes_[j];
+      axis.chains.resize(M + count + 1);
+      axis.blocks.push_back(0);
+      int32_t* to = axis.chains.data();
+      *to++ = zero_;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int32_t v = starts[i]; v >= 0; v = next[v]) *to++ = v;
+        *to++ = zero_;
+        const int64_t place = to - axis.chains.data() - 1;
+        if (place - axis.blocks.back() >= GRAIN || (i == count - 1 && place > 0)) axis.blocks.push_back(place);
+      }
+      axis.chains.resize(to - axis.chains.data());
+    }
+  });
+  for (const Axis& axis : axes_) blocks_ = std::max<int64_t>(blocks_, axis.blocks.size() - 1);
 }
 
 void Lattice::copy_to(int32_t* vertex, float* weight, int32_t* neighbour) const {
-  std::copy_n(vertex_.get(), N_ * (d_ + 1), vertex);
-  std::copy_n(weight_.get(), N_ * (d_ + 1), weight);
-  std::copy(neighbour_.begin(), neighbour_.end(), neighbour);
-}
-
-template <typename T>
-std::unique_ptr<T[]> Lattice::splat_weights(const T* scale) const {
-  auto weights = buffer<T>(N_ * (d_ + 1));
-  std::vector<int32_t> next(first_.begin(), first_.begin() + M_);
+  std::vector<int32_t> owner(zero_ - M_);
+  for (size_t i = 0; i < owners_.size(); ++i)
+    std::fill(owner.begin() + copies_[i] - M_, owner.begin() + copies_[i + 1] - M_, owners_[i]);
   for (int64_t i = 0; i < N_; ++i)
-    for (int64_t e = i * (d_ + 1); e < (i + 1) * (d_ + 1); ++e)
-      weights[next[vertex_[e]]++] = static_cast<T>(weight_[e]) * (scale ? scale[i] : T(1));
-  return weights;
-}
-
-template <typename T>
-void Lattice::splat(const T* x, const T* weights, T* z, int64_t width, int threads) const {
-  parallel_for(M_, GRAIN, threads, [&](int64_t begin, int64_t end) {
-    splat_rows(first_.data(), point_.get(), weights, x, z, begin, end, width);
-  });
-  std::fill(z + M_ * width, z + (M_ + 1) * width, T(0));
-}
-
-template <typename T>
-const T* Lattice::blur(T* z, T* other, int64_t width, bool reverse, int threads) const {
-  std::fill(other + M_ * width, other + (M_ + 1) * width, T(0));
-  for (int64_t i = 0; i <= d_; ++i) {
-    const int32_t* of_axis = neighbour_.data() + (reverse ? d_ - i : i) * M_ * 2;
-    parallel_for(M_, GRAIN * 4, threads,
-                 [&](int64_t begin, int64_t end) { blur_rows(of_axis, z, other, begin, end, width); });
-    std::swap(z, other);
+    for (int64_t k = 0; k <= d_; ++k) {
+      const int64_t at = i / GROUP * GROUP * (d_ + 1) + k * GROUP + i % GROUP;
+      vertex[i * (d_ + 1) + k] = vertex_[at] < M_ ? vertex_[at] : owner[vertex_[at] - M_];
+      weight[i * (d_ + 1) + k] = weight_[at];
+    }
+  std::fill_n(neighbour, (d_ + 1) * M_ * 2, static_cast<int32_t>(M_));
+  for (const Axis& axis : axes_) {
+    for (size_t e = 0; e + 1 < axis.chains.size(); ++e) {
+      const int32_t v = axis.chains[e], next = axis.chains[e + 1];
+      if (v == zero_ || next == zero_) continue;
+      neighbour[2 * v] = next;
+      neighbour[2 * next + 1] = v;
+    }
+    neighbour += 2 * M_;
   }
-  return z;
 }
 
 template <typename T>
-void Lattice::slice(const T* z, T* out, int64_t begin, int64_t end, int64_t width) const {
-  const int64_t corners = d_ + 1;
+void Lattice::splat(int64_t begin, int64_t end, const T* x, const T* scale, T* z, int64_t width) const {
+  splat_rows(vertex_.get(), weight_.get(), d_ + 1, begin, end, x, scale, z, width);
+}
+
+template <typename T>
+void Lattice::slice(const T* z, int64_t begin, int64_t end, const T* scale, T* out, int64_t width) const {
   const T alpha = static_cast<T>(1 / (1 + std::pow(2.0, -static_cast<double>(d_))));
-  slice_rows(vertex_.get() + begin * corners, weight_.get() + begin * corners, z, out, end - begin, corners, alpha,
-             width);
+  slice_rows(vertex_.get(), weight_.get(), d_ + 1, begin, end, z, alpha, scale, out, width);
+}
+
+template <typename T>
+void Lattice::blur(T* z, int64_t width, bool reverse, int threads) const {
+  const int64_t shared = owners_.size();
+  parallel_for(shared, GRAIN, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t row = copies_[i]; row < copies_[i + 1]; ++row)
+        for (int64_t c = 0; c < width; ++c) z[owners_[i] * width + c] += z[row * width + c];
+  });
+  for (int64_t j = 0; j <= d_; ++j) {
+    const Axis& axis = axes_[reverse ? d_ - j : j];
+    parallel_for(axis.blocks.size() - 1, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        blur_rows(axis.chains.data(), axis.blocks[b], axis.blocks[b + 1], zero_, static_cast<int32_t>(zero_ + 1 + b), z,
+                  width);
+    });
+  }
+  parallel_for(shared, GRAIN, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t row = copies_[i]; row < copies_[i + 1]; ++row)
+        for (int64_t c = 0; c < width; ++c) z[row * width + c] = z[owners_[i] * width + c];
+  });
 }
 
 namespace {
 
+// Planes (V, N) -> planes, through rows. All bands splat, then all slice.
 template <typename T>
 void filter_planes(const Lattice& lattice, const T* x, T* out, int64_t V, bool reverse, int threads) {
-  const int64_t N = lattice.points(), width = row_width(V), rows = lattice.vertices() + 1;
-  const auto values = buffer<T>(N * width), z = buffer<T>(rows * width), other = buffer<T>(rows * width);
-  parallel_for(N, TILE, threads, [&](int64_t begin, int64_t end) {
-    std::fill(values.get() + begin * width, values.get() + end * width, T(0));
+  const int64_t N = lattice.points(), width = row_width(V);
+  std::vector<T> z(lattice.rows() * width, T(0));
+  const auto each_tile = [&](const std::function<void(int64_t, int64_t, T*)>& f) {
+    parallel_for((N + Lattice::BAND - 1) / Lattice::BAND, 1, threads, [&](int64_t first, int64_t last) {
+      std::vector<T> rows(TILE * width, T(0));
+      for (int64_t i = first * Lattice::BAND; i < std::min(N, last * Lattice::BAND); i += TILE)
+        f(i, std::min(N, i + TILE), rows.data());
+    });
+  };
+  each_tile([&](int64_t begin, int64_t end, T* rows) {
     for (int64_t v = 0; v < V; ++v)
-      for (int64_t i = begin; i < end; ++i) values[i * width + v] = x[v * N + i];
+      for (int64_t i = begin; i < end; ++i) rows[(i - begin) * width + v] = x[v * N + i];
+    lattice.splat<T>(begin, end, rows, nullptr, z.data(), width);
   });
-  lattice.splat(values.get(), lattice.splat_weights<T>(nullptr).get(), z.get(), width, threads);
-  const T* blurred = lattice.blur(z.get(), other.get(), width, reverse, threads);
-  parallel_for(N, TILE, threads, [&](int64_t begin, int64_t end) {
-    lattice.slice(blurred, values.get() + begin * width, begin, end, width);
+  lattice.blur(z.data(), width, reverse, threads);
+  each_tile([&](int64_t begin, int64_t end, T* rows) {
+    lattice.slice<T>(z.data(), begin, end, nullptr, rows, width);
     for (int64_t v = 0; v < V; ++v)
-      for (int64_t i = begin; i < end; ++i) out[v * N + i] = values[i * width + v];
+      for (int64_t i = begin; i < end; ++i) out[v * N + i] = rows[(i - begin) * width + v];
   });
 }
 
@@ -442,13 +635,11 @@ void Lattice::filter(const void* x, void* out, bool f64, int64_t V, bool reverse
   }
 }
 
-template std::unique_ptr<float[]> Lattice::splat_weights(const float*) const;
-template std::unique_ptr<double[]> Lattice::splat_weights(const double*) const;
-template void Lattice::splat(const float*, const float*, float*, int64_t, int) const;
-template void Lattice::splat(const double*, const double*, double*, int64_t, int) const;
-template const float* Lattice::blur(float*, float*, int64_t, bool, int) const;
-template const double* Lattice::blur(double*, double*, int64_t, bool, int) const;
-template void Lattice::slice(const float*, float*, int64_t, int64_t, int64_t) const;
-template void Lattice::slice(const double*, double*, int64_t, int64_t, int64_t) const;
+template void Lattice::splat(int64_t, int64_t, const float*, const float*, float*, int64_t) const;
+template void Lattice::splat(int64_t, int64_t, const double*, const double*, double*, int64_t) const;
+template void Lattice::slice(const float*, int64_t, int64_t, const float*, float*, int64_t) const;
+template void Lattice::slice(const double*, int64_t, int64_t, const double*, double*, int64_t) const;
+template void Lattice::blur(float*, int64_t, bool, int) const;
+template void Lattice::blur(double*, int64_t, bool, int) const;
 
 }  // namespace fastcam

@@ -1,20 +1,22 @@
 // The permutohedral lattice (Adams, Baek and Davis 2010) of N points with d features: built once, filters any values.
+//
+// Values lie in rows of `width` numbers as row_width() gives it, one a point or vertex. Points come in bands of BAND.
+// Each band splats on its own: a vertex belongs to the first band that meets it, later bands have copies of it, and a
+// blur begins by adding the copies up and ends by handing the result out. So nobody races, and the bits of a result do
+// not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
+
+#include "cpu/memory.h"
 
 namespace fastcam {
 
-// Memory for n numbers, not initialised.
-template <typename T>
-std::unique_ptr<T[]> buffer(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
-}
-
 class Lattice {
  public:
+  static constexpr int64_t BAND = 16384;
+
   // features (d, N). Throws std::invalid_argument for features that are not finite or too large, too many points or
   // dimensions.
   Lattice(const float* features, int64_t d, int64_t N, int threads);
@@ -28,31 +30,35 @@ class Lattice {
   // x (V, N) -> out (V, N), double if f64. The adjoint if `reverse`.
   void filter(const void* x, void* out, bool f64, int64_t V, bool reverse, int threads) const;
 
-  // The three steps on rows of `width` numbers, one row a point or vertex; width as row_width() gives it.
-  // Weights of the (point, vertex) pairs in order of vertices, each times `scale` of its point if that is not null.
+  // How many rows the vertices' values z take.
+  int64_t rows() const { return zero_ + 1 + blocks_; }
+  // Adds rows x of the points [begin, end), all in one band, each times `scale` of its point (or 1, if that is null),
+  // to z, which was all 0 to begin with.
   template <typename T>
-  std::unique_ptr<T[]> splat_weights(const T* scale) const;
-  // x (N, width) -> z, room for M + 1 rows, of which the last becomes 0.
+  void splat(int64_t begin, int64_t end, const T* x, const T* scale, T* z, int64_t width) const;
+  // In place, after all points were splatted. Axes in reverse order: the adjoint.
   template <typename T>
-  void splat(const T* x, const T* weights, T* z, int64_t width, int threads) const;
-  // Returns the one of z and other, M + 1 rows each, that holds the result.
+  void blur(T* z, int64_t width, bool reverse, int threads) const;
+  // Rows of the points [begin, end) from blurred z, each times `scale` of its point.
   template <typename T>
-  const T* blur(T* z, T* other, int64_t width, bool reverse, int threads) const;
-  // z -> rows of the points [begin, end), from out on. On the caller's thread.
-  template <typename T>
-  void slice(const T* z, T* out, int64_t begin, int64_t end, int64_t width) const;
+  void slice(const T* z, int64_t begin, int64_t end, const T* scale, T* out, int64_t width) const;
 
  private:
-  template <typename Key>
-  void number_vertices(const std::vector<int64_t>& low, const std::vector<int>& bits, const float* features,
-                       int threads);
+  struct Axis {
+    std::vector<int32_t> chains;  // vertices in steps along the axis, one chain after the other, zero_ around each
+    std::vector<int64_t> blocks;  // places of some zero_ in `chains`, the first and the last among them
+  };
+  template <typename Word>
+  void build(const std::vector<double>& low, const std::vector<int>& bits, int id_bits, const float* features,
+             int threads);
 
-  int64_t d_, N_, M_ = 0;
-  std::unique_ptr<int32_t[]> vertex_;  // (N, d + 1)
-  std::unique_ptr<float[]> weight_;    // (N, d + 1)
-  std::vector<int32_t> neighbour_;     // (d + 1, M, 2)
-  std::vector<int32_t> first_;         // (M + 1), where the pairs of each vertex begin
-  std::unique_ptr<int32_t[]> point_;   // (N (d + 1)), points of the pairs, in order of vertices
+  int64_t d_, N_, M_ = 0, blocks_ = 0;
+  int32_t zero_ = 0;             // the row that stands for absent neighbours, behind those of vertices and copies
+  Memory<int32_t> vertex_;       // (N / GROUP, d + 1, GROUP): rows of the points' vertices
+  Memory<float> weight_;         // the same
+  std::vector<int32_t> owners_;  // vertices that have copies
+  std::vector<int32_t> copies_;  // (owners + 1): where the rows of their copies begin
+  std::vector<Axis> axes_;       // d + 1
 };
 
 }  // namespace fastcam

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "multiversion.h"
 
@@ -24,21 +25,128 @@ FASTCAM_INLINE const typename Lanes<T, W>::type& lanes(const T* p) {
   return *reinterpret_cast<const typename Lanes<T, W>::type*>(p);
 }
 
-// How many numbers a row of n values takes: 1, 2, 4, or a multiple of 8.
-inline int64_t row_width(int64_t n) { return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8; }
+struct Sum {
+  template <typename V>
+  static FASTCAM_INLINE void combine(V& a, const V& b) {
+    a += b;
+  }
+};
 
-// Op<T, W, R>::run(c, args...) for consecutive blocks of R vectors of W numbers, from column c on, that make up a row.
-template <template <typename, int, int> class Op, typename T, typename... Args>
-FASTCAM_INLINE void each_block(int64_t width, Args... args) {
-  if (width == 1) return Op<T, 1, 1>::run(0, args...);
-  if (width == 2) return Op<T, 2, 1>::run(0, args...);
-  if (width == 4) return Op<T, 4, 1>::run(0, args...);
-  int64_t c = 0;
-  for (; c + 32 <= width; c += 32) Op<T, 16, 2>::run(c, args...);
-  if (width - c == 24) Op<T, 8, 3>::run(c, args...);
-  if (width - c == 16) Op<T, 16, 1>::run(c, args...);
-  if (width - c == 8) Op<T, 8, 1>::run(c, args...);
+struct Maximum {
+  template <typename V>
+  static FASTCAM_INLINE void combine(V& a, const V& b) {
+    a = b > a ? b : a;
+  }
+};
+
+// All W numbers of a vector, combined two halves at a time.
+template <typename Combine, typename T, int W>
+FASTCAM_INLINE T across(const T* v) {
+  if constexpr (W == 1) {
+    return v[0];
+  } else {
+    constexpr int HALF = W / 2;
+    typename Lanes<T, HALF>::type half = lanes<T, HALF>(v);
+    Combine::combine(half, lanes<T, HALF>(v + HALF));
+    return across<Combine, T, HALF>(reinterpret_cast<const T*>(&half));
+  }
 }
+
+// How many numbers a row of n values takes: 1, 2, or a multiple of 4.
+inline int64_t row_width(int64_t n) { return n <= 2 ? n : (n + 3) / 4 * 4; }
+
+// A piece of a row in registers: R vectors of W numbers and, unless 0, one of Tail.
+template <typename T, int W, int R, int Tail>
+struct Row {
+  typedef T Number;
+  static constexpr int LAST = Tail > 0 ? Tail : 1;
+  template <int L>
+  using Integers = typename Lanes<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, L>::type;
+  typename Lanes<T, W>::type body[R];
+  typename Lanes<T, LAST>::type tail;
+
+  static FASTCAM_INLINE Row zero() {
+    Row row = {};
+    return row;
+  }
+  static FASTCAM_INLINE Row load(const T* p) {
+    Row row = {};
+    for (int r = 0; r < R; ++r) row.body[r] = lanes<T, W>(p + r * W);
+    if constexpr (Tail > 0) row.tail = lanes<T, LAST>(p + R * W);
+    return row;
+  }
+  FASTCAM_INLINE void store(T* p) const {
+    for (int r = 0; r < R; ++r) lanes<T, W>(p + r * W) = body[r];
+    if constexpr (Tail > 0) lanes<T, LAST>(p + R * W) = tail;
+  }
+  // Converted to another type of number.
+  template <typename S>
+  FASTCAM_INLINE void store_as(S* p) const {
+    for (int r = 0; r < R; ++r)
+      lanes<S, W>(p + r * W) =
+          __builtin_convertvector(__builtin_convertvector(body[r], Integers<W>), typename Lanes<S, W>::type);
+    if constexpr (Tail > 0)
+      lanes<S, LAST>(p + R * W) =
+          __builtin_convertvector(__builtin_convertvector(tail, Integers<LAST>), typename Lanes<S, LAST>::type);
+  }
+  FASTCAM_INLINE Row operator+(const Row& other) const {
+    Row row = {};
+    for (int r = 0; r < R; ++r) row.body[r] = body[r] + other.body[r];
+    if constexpr (Tail > 0) row.tail = tail + other.tail;
+    return row;
+  }
+  FASTCAM_INLINE Row operator*(const Row& other) const {
+    Row row = {};
+    for (int r = 0; r < R; ++r) row.body[r] = body[r] * other.body[r];
+    if constexpr (Tail > 0) row.tail = tail * other.tail;
+    return row;
+  }
+  FASTCAM_INLINE Row operator+(T number) const {
+    Row row = {};
+    for (int r = 0; r < R; ++r) row.body[r] = body[r] + number;
+    if constexpr (Tail > 0) row.tail = tail + number;
+    return row;
+  }
+  // All numbers of the row, combined.
+  template <typename Combine>
+  FASTCAM_INLINE T reduce() const {
+    auto vector = body[0];
+    for (int r = 1; r < R; ++r) Combine::combine(vector, body[r]);
+    T result = across<Combine, T, W>(reinterpret_cast<const T*>(&vector));
+    if constexpr (Tail > 0) Combine::combine(result, across<Combine, T, LAST>(reinterpret_cast<const T*>(&tail)));
+    return result;
+  }
+  FASTCAM_INLINE Row operator*(T factor) const {
+    Row row = {};
+    for (int r = 0; r < R; ++r) row.body[r] = body[r] * factor;
+    if constexpr (Tail > 0) row.tail = tail * factor;
+    return row;
+  }
+};
+
+// Op<Row>::run(c, args...) for the pieces, each from column c on, that make up a row.
+template <template <typename> class Op, typename T, typename... Args>
+FASTCAM_INLINE void each_piece(int64_t width, Args... args) {
+  if (width == 1) return Op<Row<T, 1, 1, 0>>::run(0, args...);
+  if (width == 2) return Op<Row<T, 2, 1, 0>>::run(0, args...);
+  int64_t c = 0;
+  for (; c + 32 <= width; c += 32) Op<Row<T, 16, 2, 0>>::run(c, args...);
+  if (width - c == 28) Op<Row<T, 8, 3, 4>>::run(c, args...);
+  if (width - c == 24) Op<Row<T, 16, 1, 8>>::run(c, args...);
+  if (width - c == 20) Op<Row<T, 16, 1, 4>>::run(c, args...);
+  if (width - c == 16) Op<Row<T, 16, 1, 0>>::run(c, args...);
+  if (width - c == 12) Op<Row<T, 8, 1, 4>>::run(c, args...);
+  if (width - c == 8) Op<Row<T, 8, 1, 0>>::run(c, args...);
+  if (width - c == 4) Op<Row<T, 4, 1, 0>>::run(c, args...);
+}
+
+template <typename Row>
+struct ScaledRows {  // out[i] = scale[i] * rows[i]; out may be rows
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const T* rows, const T* scale, T* out, int64_t count, int64_t width) {
+    for (int64_t i = 0; i < count; ++i) (Row::load(rows + i * width + c) * scale[i]).store(out + i * width + c);
+  }
+};
 
 // exp(x) for x <= 88, relative error below 2e-7; 0 below -87, where float would become subnormal; NaN stays NaN.
 FASTCAM_INLINE float fast_exp(float x) {

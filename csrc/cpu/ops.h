@@ -14,17 +14,19 @@ void cam_fuse_bwd(const void* grad, const int64_t* views, const void* stats, con
                   int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce,
                   int normalize, bool align_corners, double eps, int threads);
 
-// unary, out, grad (B, K, H, W); image (B, 3, H, W) or null; sizes (B, 2); a compatibility (K) or (K, K) multiplies
-// messages, null for no such term; sigma: sx, sy of the spatial term, then sx, sy, sr, sg, sb. normalization:
-// symmetric, before, after, none; kernel: fast, lattice, exact.
+// unary, out, grad (B, G, K, H, W): G problems on each image (B, 3, H, W), which may be null; sizes (B, 2); a
+// compatibility (K) or (K, K) multiplies messages, null for no such term, and its gradient is added to *_grad unless
+// that is null; sigma: sx, sy of the spatial term, then sx, sy, sr, sg, sb. normalization: symmetric, before, after,
+// none; kernel: fast, lattice, exact.
 void crf_mean_field_fwd(const void* unary, const void* image, const int64_t* sizes, const void* gaussian,
                         const void* bilateral, bool gaussian_matrix, bool bilateral_matrix, const double* sigma,
-                        void* out, bool f64, int64_t B, int64_t K, int64_t H, int64_t W, int64_t iterations,
+                        void* out, bool f64, int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations,
                         int normalization, int kernel, int threads);
 void crf_mean_field_bwd(const void* grad, const void* unary, const void* image, const int64_t* sizes,
                         const void* gaussian, const void* bilateral, bool gaussian_matrix, bool bilateral_matrix,
-                        const double* sigma, void* out, bool f64, int64_t B, int64_t K, int64_t H, int64_t W,
-                        int64_t iterations, int normalization, int kernel, int threads);
+                        const double* sigma, void* out, double* gaussian_grad, double* bilateral_grad, bool f64,
+                        int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations, int normalization,
+                        int kernel, int threads);
 
 void prototype_similarity_fwd(const void* x, const void* p_hat, void* out, void* r, bool f64, int64_t B, int64_t D,
                               int64_t N, int64_t K, bool p_batched, bool relu, double eps, int threads);

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.reference.crf_mean_field import check_compats, problems_per_image, true_sizes
 
 _NORMALIZATIONS = ("symmetric", "before", "after", "none")  # in the order of the enumerations in crf_mean_field.cpp
 _KERNELS = ("fast", "lattice", "exact")
@@ -42,44 +42,58 @@ class Lattice:
 
 
 def crf_mean_field_fwd(unary: Tensor, *rest: Any) -> Tensor:
-    """``unary (B, K, H, W)`` -> Q after the last step; arguments as the reference's."""
-    return _launch(_C.crf_mean_field_fwd, None, unary, *rest)
+    """``unary (B G, K, H, W)`` -> Q after the last step; arguments as the reference's."""
+    arguments, out = _arguments(unary, *rest)
+    _C.crf_mean_field_fwd(*arguments.before_out, out.data_ptr(), *arguments.after_out)
+    return out.to(unary.dtype)
 
 
-def crf_mean_field_bwd(grad: Tensor, unary: Tensor, *rest: Any) -> Tensor:
-    """Gradient of the unary; arguments as the reference's. Holds Q of every step of the images that are in work."""
-    return _launch(_C.crf_mean_field_bwd, grad, unary, *rest)
+def crf_mean_field_bwd(grad: Tensor, compat_grad: bool, unary: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as the reference's. Holds Q of every step of the images that are in work."""
+    arguments, out = _arguments(unary, *rest)
+    g = grad.to(out.dtype).contiguous()
+    grads = [torch.zeros(c.shape if compat_grad and c is not None else 0, dtype=torch.float64) for c in rest[2:4]]
+    _C.crf_mean_field_bwd(
+        g.data_ptr(), *arguments.before_out, out.data_ptr(), *(t.data_ptr() if t.numel() else 0 for t in grads),
+        *arguments.after_out,
+    )  # fmt: skip
+    gaussian, bilateral = (t.to(out.dtype) for t in grads)
+    return out.to(unary.dtype), gaussian, bilateral
 
 
-def _launch(
-    run: Callable[..., None], grad: Tensor | None, unary: Tensor, image: Tensor | None, valid: Tensor | None,
-    gaussian_compat: Tensor | None, bilateral_compat: Tensor | None, gaussian_sigma: list[float],
-    bilateral_sigma: list[float], iterations: int, normalization: str, kernel: str,
-) -> Tensor:  # fmt: skip
+class _Arguments(NamedTuple):
+    before_out: tuple[Any, ...]
+    after_out: tuple[Any, ...]
+    alive: tuple[Any, ...]  # what the addresses point to
+
+
+def _arguments(
+    unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
+    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
+    normalization: str, kernel: str,
+) -> tuple[_Arguments, Tensor]:  # fmt: skip
+    """What the C++ functions take, and room for a result like ``unary``."""
     work = torch.promote_types(unary.dtype, torch.float32)
-    B, K, H, W = unary.shape
+    problems, K, H, W = unary.shape
+    G = problems_per_image(unary, image, valid)
+    B = problems // G
     u = unary.to(work).contiguous()
-    g, rgb, gaussian, bilateral = (
-        None if t is None else t.to(work).contiguous() for t in (grad, image, gaussian_compat, bilateral_compat)
+    rgb, gaussian, bilateral = (
+        None if t is None else t.to(work).contiguous() for t in (image, gaussian_compat, bilateral_compat)
     )
-    for compat in (gaussian, bilateral):
-        if compat is not None and not compat.isfinite().all():
-            raise ValueError("crf_mean_field: expected finite compatibilities")
-    sizes = torch.tensor([[H, W]] * B, dtype=torch.int64) if valid is None else valid.contiguous()
-    if valid is not None and not ((valid >= 0) & (valid <= torch.tensor([H, W]))).all():
-        raise ValueError(
-            f"crf_mean_field: expected valid heights in [0, {H}] and widths in [0, {W}], got {valid.tolist()}"
-        )
+    check_compats(gaussian, bilateral)
+    sizes = torch.tensor(true_sizes(valid, B, H, W), dtype=torch.int64).reshape(B, 2)
     sigma = torch.tensor([*(gaussian_sigma or [1, 1]), *(bilateral_sigma or [1] * 5)], dtype=torch.float64)
-    out = torch.empty((B, K, H, W), dtype=work)
-    first = () if g is None else (g.data_ptr(),)
-    run(
-        *first, u.data_ptr(), _address(rgb), sizes.data_ptr(), _address(gaussian), _address(bilateral),
+    before_out = (
+        u.data_ptr(), _address(rgb), sizes.data_ptr(), _address(gaussian), _address(bilateral),
         gaussian is not None and gaussian.ndim == 2, bilateral is not None and bilateral.ndim == 2, sigma.data_ptr(),
-        out.data_ptr(), work == torch.float64, B, K, H, W, iterations, _NORMALIZATIONS.index(normalization),
+    )  # fmt: skip
+    after_out = (
+        work == torch.float64, B, G, K, H, W, iterations, _NORMALIZATIONS.index(normalization),
         _KERNELS.index(kernel), torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(unary.dtype)
+    alive = u, rgb, gaussian, bilateral, sizes, sigma
+    return _Arguments(before_out, after_out, alive), torch.empty((problems, K, H, W), dtype=work)
 
 
 def _address(x: Tensor | None) -> int:

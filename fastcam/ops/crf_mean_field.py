@@ -19,10 +19,16 @@ _ARGUMENTS = (
     "float[] gaussian_sigma, float[] bilateral_sigma, int iterations, str normalization, str kernel, str backend"
 )
 FWD = op(f"crf_mean_field_fwd({_ARGUMENTS}) -> Tensor", fake=lambda unary, *rest: unary.new_empty(unary.shape))
-BWD = op(
-    f"crf_mean_field_bwd(Tensor grad, {_ARGUMENTS}) -> Tensor",
-    fake=lambda grad, unary, *rest: unary.new_empty(unary.shape),
-)
+
+
+def _fake_bwd(grad: Tensor, compat_grad: bool, unary: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gaussian, bilateral = (
+        unary.new_empty(c.shape if compat_grad and c is not None else (0,), dtype=_work(unary)) for c in rest[2:4]
+    )
+    return unary.new_empty(unary.shape), gaussian, bilateral
+
+
+BWD = op(f"crf_mean_field_bwd(Tensor grad, bool compat_grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", fake=_fake_bwd)
 CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 KERNELS = ("fast", "lattice", "exact")
@@ -42,7 +48,9 @@ class _CrfMeanField(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return BWD(grad, *ctx.saved_tensors, *ctx.constants), *[None] * 10
+        _, _, _, *wanted = ctx.needs_input_grad[:5]
+        unary, *compats = BWD(grad, any(wanted), *ctx.saved_tensors, *ctx.constants)
+        return unary, None, None, *(g if w else None for g, w in zip(compats, wanted, strict=True)), *[None] * 6
 
 
 def crf_mean_field(
@@ -66,12 +74,14 @@ def crf_mean_field(
     :math:`\exp(-\tfrac12 (\Delta x^2/s_x^2 + \Delta y^2/s_y^2 + \sum_c \Delta I_c^2/s_c^2))`. N x N is never formed.
 
     Krähenbühl and Koltun, NIPS 2011 and ICML 2013. Parameters mean what they mean in pydensecrf. Cost of a step with a
-    lattice of M vertices: 12 N K multiply-adds to and from it and 12 M K in it. Differentiable in ``unary``, through
-    all steps; the gradient runs the forward again and holds Q of every step of an image.
+    lattice of M vertices: 12 N K multiply-adds to and from it and 12 M K in it. Differentiable in ``unary`` and in
+    compatibilities that are tensors, through all steps; the gradient runs the forward again and holds Q of every step
+    of an image.
 
     Args:
         unary: energies (negative log-probabilities) :math:`(B, K, H, W)`, any strides, float32, float16, bfloat16
-            (float64 in ``cpp`` and ``reference``). An energy of ``inf`` rules its label out.
+            (float64 in ``cpp`` and ``reference``), or :math:`(B, G, K, H, W)`: G problems an image, which share its
+            lattice. An energy of ``inf`` rules its label out.
         image: :math:`(B, 3, H, W)` in 0..255, uint8 or floating; ``None`` if ``bilateral`` is. Not differentiable.
         iterations: steps; 0 gives ``softmax(-unary)``.
         gaussian: ``(sxy, compat)`` or ``None``. ``sxy``: standard deviation in pixels, or ``(sx, sy)``.
@@ -89,7 +99,7 @@ def crf_mean_field(
         backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
-        Q :math:`(B, K, H, W)` in the dtype of ``unary``; sums are taken in float32.
+        Q in the shape and dtype of ``unary``; sums are taken in float32.
 
     Raises:
         ValueError: shapes that do not fit, two devices, numbers out of range; a unary with NaN, ``-inf`` or a pixel
@@ -105,9 +115,12 @@ def crf_mean_field(
         >>> crf_mean_field(unary, None, iterations=1, bilateral=None).flatten()
         tensor([0.8650, 0.7364, 0.1350, 0.2636])
     """
-    if unary.ndim != 4 or unary.shape[1] == 0:
-        raise ValueError(f"crf_mean_field: expected unary (B, K, H, W) with K > 0, got {tuple(unary.shape)}")
-    B, K = unary.shape[:2]
+    shape = unary.shape
+    if unary.ndim not in (4, 5) or shape[-3] == 0:
+        raise ValueError(
+            f"crf_mean_field: expected unary (B, K, H, W) or (B, G, K, H, W) with K > 0, got {tuple(shape)}"
+        )
+    B, K = shape[0], shape[-3]
     check_same("crf_mean_field", unary=unary)
     if bilateral is None:
         image = None
@@ -115,6 +128,7 @@ def crf_mean_field(
         raise ValueError("crf_mean_field: expected an image, or bilateral=None, got None")
     else:
         _check_image(image, unary)
+    unary = unary.flatten(0, -4)
     if valid is not None:
         if valid.shape != (B, 2) or valid.dtype != torch.int64:
             raise ValueError(f"crf_mean_field: expected valid int64 ({B}, 2), got {valid.dtype} {tuple(valid.shape)}")
@@ -140,15 +154,19 @@ def crf_mean_field(
     name = backends.resolve("crf_mean_field", CANDIDATES, unary, backend)
     tensors = unary, image, valid, gaussian_compat, bilateral_compat
     args = *tensors, gaussian_sigma, bilateral_sigma, iterations, normalization, kernel, name
-    if torch.is_grad_enabled() and unary.requires_grad:
-        return _CrfMeanField.apply(*args)
-    return FWD(*args)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _CrfMeanField.apply(*args).view(shape)
+    return FWD(*args).view(shape)
+
+
+def _work(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_image(image: Tensor, unary: Tensor) -> None:
-    B, _, H, W = unary.shape
-    if image.shape != (B, 3, H, W):
-        raise ValueError(f"crf_mean_field: expected image {(B, 3, H, W)}, as unary, got {tuple(image.shape)}")
+    expected = (unary.shape[0], 3, *unary.shape[-2:])
+    if image.shape != expected:
+        raise ValueError(f"crf_mean_field: expected image {expected}, as unary, got {tuple(image.shape)}")
     if image.dtype != torch.uint8 and image.dtype not in FLOATS:
         raise TypeError(f"crf_mean_field: expected image uint8 or floating, got {image.dtype}")
     if image.device != unary.device:
@@ -166,9 +184,7 @@ def _sigmas(name: str, given: Sigma, n: int) -> list[float]:
 
 def _compat(name: str, given: Compat, K: int, unary: Tensor) -> Tensor:
     """Number, vector or matrix -> what multiplies the messages: ``(K,)`` or ``(K, K)``."""
-    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"crf_mean_field: the {name} compatibility has no gradient here, pass it detached")
-    compat = torch.as_tensor(given, dtype=torch.promote_types(unary.dtype, torch.float32), device=unary.device)
+    compat = torch.as_tensor(given, dtype=_work(unary), device=unary.device)
     if compat.ndim == 0:
         return -compat.expand(K)
     if compat.shape == (K,):

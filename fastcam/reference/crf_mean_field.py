@@ -137,9 +137,12 @@ class _Term(NamedTuple):
     after: Tensor
     compat: Tensor  # (K,) or (K, K)
 
+    def message(self, q: Tensor) -> Tensor:
+        """``K q``, K the normalised kernel."""
+        return self.after * self.filter(self.before * q, False)
+
     def energy(self, q: Tensor) -> Tensor:
-        """``mu(K q)``, K the normalised kernel."""
-        return self.compatible(self.after * self.filter(self.before * q, False))
+        return self.compatible(self.message(q))
 
     def adjoint(self, g: Tensor) -> Tensor:
         return self.before * self.filter(self.after * self.compatible(g), True)
@@ -241,7 +244,14 @@ def true_sizes(valid: Tensor | None, B: int, H: int, W: int) -> list[tuple[int, 
     return sizes
 
 
-def _check(*compats: Tensor | None) -> None:
+def problems_per_image(unary: Tensor, image: Tensor | None, valid: Tensor | None) -> int:
+    """How many problems in a row of ``unary`` belong to one image; 1 where nothing tells."""
+    images = len(unary) if image is None and valid is None else len(valid if image is None else image)
+    return len(unary) // images if images else 1
+
+
+def check_compats(*compats: Tensor | None) -> None:
+    """Compatibilities are finite."""
     if not all(c is None or bool(c.isfinite().all()) for c in compats):
         raise ValueError("crf_mean_field: expected finite compatibilities")
 
@@ -251,52 +261,72 @@ def crf_mean_field_fwd(
     bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
     normalization: str, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """``unary (B, K, H, W)`` -> Q after the last step.
+    """``unary (B G, K, H, W)`` -> Q after the last step; ``image`` and ``valid`` have B.
 
     A compatibility ``(K,)`` or ``(K, K)`` multiplies messages; where there is none, there is no such term.
     """
-    _check(gaussian_compat, bilateral_compat)
-    B, K, H, W = unary.shape
+    check_compats(gaussian_compat, bilateral_compat)
+    problems, K, H, W = unary.shape
+    G = problems_per_image(unary, image, valid)
     out = unary.new_zeros(unary.shape)
-    for b, (h, w) in enumerate(true_sizes(valid, B, H, W)):
+    for b, (h, w) in enumerate(true_sizes(valid, problems // G, H, W)):
         if h * w == 0:
             continue
-        u, rgb = unary[b, :, :h, :w].to(_work(unary)).reshape(K, -1), None if image is None else image[b, :, :h, :w]
         terms = _terms(
-            h, w, rgb, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization, kernel
-        )
-        out[b, :, :h, :w] = _mean_field(u, terms, iterations)[-1].view(K, h, w)
+            h, w, None if image is None else image[b, :, :h, :w], gaussian_compat, bilateral_compat, gaussian_sigma,
+            bilateral_sigma, normalization, kernel,
+        )  # fmt: skip
+        for p in range(b * G, (b + 1) * G):
+            u = unary[p, :, :h, :w].to(_work(unary)).reshape(K, -1)
+            out[p, :, :h, :w] = _mean_field(u, terms, iterations)[-1].view(K, h, w)
     return out
 
 
 def crf_mean_field_bwd(
-    grad: Tensor, unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
-    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
-    normalization: str, kernel: str,
-) -> Tensor:  # fmt: skip
-    """Gradient of the unary. Runs the forward again, image by image, and keeps Q of every step of that image.
+    grad: Tensor, compat_grad: bool, unary: Tensor, image: Tensor | None, valid: Tensor | None,
+    gaussian_compat: Tensor | None, bilateral_compat: Tensor | None, gaussian_sigma: list[float],
+    bilateral_sigma: list[float], iterations: int, normalization: str, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the unary and the compatibilities; the latter are empty where there is none or ``compat_grad`` is not
+    set. Runs the forward again, image by image, and keeps Q of every step of that image.
 
-    With E = -U - sum_k mu_k(K_k Q) and Q' = softmax(E): dE = Q' (g - <g, Q'>), dU -= dE, dQ = -sum_k K_k^T mu_k^T dE;
-    mu is symmetric.
+    With E = U + sum_k mu_k(K_k Q) and Q' = softmax(-E): dE = Q' (<g, Q'> - g), dU += dE, dQ = sum_k K_k^T mu_k^T dE;
+    mu is symmetric, and its gradient is dE (K_k Q)^T, summed over pixels and steps.
     """
-    B, K, H, W = unary.shape
+    problems, K, H, W = unary.shape
+    G = problems_per_image(unary, image, valid)
     out = unary.new_zeros(unary.shape)
-    for b, (h, w) in enumerate(true_sizes(valid, B, H, W)):
+    compats = [c for c in (gaussian_compat, bilateral_compat) if c is not None]
+    compat_grads = [torch.zeros_like(c) for c in compats]
+    for b, (h, w) in enumerate(true_sizes(valid, problems // G, H, W)):
         if h * w == 0:
             continue
-        u, rgb = unary[b, :, :h, :w].to(_work(unary)).reshape(K, -1), None if image is None else image[b, :, :h, :w]
         terms = _terms(
-            h, w, rgb, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization, kernel
-        )
-        g = grad[b, :, :h, :w].to(_work(unary)).reshape(K, -1)
-        total = torch.zeros_like(u)
-        for step, q in reversed(list(enumerate(_mean_field(u, terms, iterations)))):
-            g_energy = q * ((g * q).sum(0) - g)
-            total += g_energy
-            if step > 0:
+            h, w, None if image is None else image[b, :, :h, :w], gaussian_compat, bilateral_compat, gaussian_sigma,
+            bilateral_sigma, normalization, kernel,
+        )  # fmt: skip
+        for p in range(b * G, (b + 1) * G):
+            u, g = (t[p, :, :h, :w].to(_work(unary)).reshape(K, -1) for t in (unary, grad))
+            total = torch.zeros_like(u)
+            steps = _mean_field(u, terms, iterations)
+            for step in range(iterations, -1, -1):
+                q = steps[step]
+                g_energy = q * ((g * q).sum(0) - g)
+                total += g_energy
+                if step == 0:
+                    break
+                if compat_grad:
+                    for term, sums in zip(terms, compat_grads, strict=True):
+                        m = term.message(steps[step - 1])
+                        sums += (g_energy * m).sum(1) if sums.ndim == 1 else g_energy @ m.mT
                 g = sum((t.adjoint(g_energy) for t in terms), torch.zeros_like(u))
-        out[b, :, :h, :w] = total.view(K, h, w)
-    return out
+            out[p, :, :h, :w] = total.view(K, h, w)
+    sums = iter(compat_grads)
+    gaussian, bilateral = (
+        unary.new_empty(0, dtype=_work(unary)) if c is None or not compat_grad else next(sums)
+        for c in (gaussian_compat, bilateral_compat)
+    )
+    return out, gaussian, bilateral
 
 
 def _work(x: Tensor) -> torch.dtype:
