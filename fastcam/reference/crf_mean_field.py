@@ -287,8 +287,9 @@ def crf_mean_field_bwd(
     gaussian_compat: Tensor | None, bilateral_compat: Tensor | None, gaussian_sigma: list[float],
     bilateral_sigma: list[float], iterations: int, normalization: str, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the unary and the compatibilities; the latter are empty where there is none or ``compat_grad`` is not
-    set. Runs the forward again, image by image, and keeps Q of every step of that image.
+    """Gradients of the unary and the compatibilities; those are empty where there are none or ``compat_grad`` is False.
+
+    Runs the forward again, image by image, and keeps Q of every step of that image.
 
     With E = U + sum_k mu_k(K_k Q) and Q' = softmax(-E): dE = Q' (<g, Q'> - g), dU += dE, dQ = sum_k K_k^T mu_k^T dE;
     mu is symmetric, and its gradient is dE (K_k Q)^T, summed over pixels and steps.
