@@ -23,7 +23,7 @@ BWD = op(
     f"crf_mean_field_bwd(Tensor grad, {_ARGUMENTS}) -> Tensor",
     fake=lambda grad, unary, *rest: unary.new_empty(unary.shape),
 )
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 KERNELS = ("fast", "lattice", "exact")
 

@@ -1,0 +1,459 @@
+"""Mean field of the dense CRF in Triton: a batch at a time, rows of labels innermost, sums in float32, no atomics.
+
+Between the build of the lattices and the last step the host reads nothing, so that steps can be captured in a CUDA
+graph. A step of one image with a lattice is a splat, a blur an axis, and one kernel that slices, normalises, weighs with
+the compatibility, adds the energies and takes the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastcam.kernels.lattice import Lattice, blocks, gather_corners, row_width, store_messages
+
+__all__ = ["Lattice", "crf_mean_field_bwd", "crf_mean_field_fwd", "crf_mean_field_gradients"]
+
+REACH = 4.5  # kernel="fast" leaves out spatial weights beyond so many standard deviations, 4e-5
+VANISHES = 15.0  # standard deviations where a weight is 0 in float32
+SPATIAL = {"BLOCK_Y": 32, "BLOCK_I": 16, "BLOCK_C": 64}
+EXACT = {"BLOCK_I": 64, "BLOCK_J": 32}
+
+
+@triton.jit(do_not_specialize=["n", "columns", "pixels", "radius"])
+def _crf_spatial_kernel(
+    x_ptr, before_ptr, after_ptr, compat_ptr, out_ptr, n, columns, pixels, radius, sigma,
+    ENTER: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Y lines by BLOCK_C columns of a Gaussian along the lines of one of many (n, columns) blocks.
+
+    Down an image a line is a row of pixels with their labels, along a row of pixels it is one pixel's labels: a line has
+    ``pixels`` pixels of WIDTH labels. The band of weights times a tile of lines is a matrix product.
+    """
+    tiles = tl.cdiv(n, BLOCK_Y)
+    block, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    y = tile * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_Y, BLOCK_C], tl.float32)
+    last = tl.minimum(n, tile * BLOCK_Y + BLOCK_Y + radius)
+    for first in range(tl.maximum(0, tile * BLOCK_Y - radius), last, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
+        far = tl.abs(y[:, None] - i[None, :])
+        scaled = far.to(tl.float32) / sigma
+        weight = tl.where(far <= radius, tl.exp(-0.5 * scaled * scaled), 0.0)
+        mask = (i[:, None] < n) & (c[None, :] < columns)
+        line = block * n + i[:, None]
+        x = tl.load(x_ptr + line * columns + c[None, :], mask=mask, other=0.0)
+        if ENTER:
+            x = x * tl.load(before_ptr + line * pixels + c[None, :] // WIDTH, mask=mask, other=0.0)
+        total += tl.dot(weight, x, input_precision="ieee")
+    mask = (y[:, None] < n) & (c[None, :] < columns)
+    line = block * n + y[:, None]
+    pixel, label = line * pixels + c[None, :] // WIDTH, c[None, :] % WIDTH
+    to_ptr = out_ptr + line * columns + c[None, :]
+    if SCALED:
+        total = total * tl.load(after_ptr + pixel, mask=mask, other=0.0)
+        total = total * tl.load(compat_ptr + label, mask=c[None, :] < columns, other=0.0)
+    if ADD:
+        total += tl.load(to_ptr, mask=mask, other=0.0)
+    tl.store(to_ptr, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _crf_exact_kernel(
+    feature_ptr, x_ptr, before_ptr, after_ptr, compat_ptr, out_ptr, N,
+    SCALED: tl.constexpr, ADD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: sums over all points j of an image of exp(-|f_i - f_j|^2 / 2) x_j, for BLOCK_I points i."""
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    feature_ptr += b * D * N
+    total = tl.zeros([BLOCK_I, BLOCK_K], tl.float32)
+    for first in range(0, N, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        square = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+        for c in tl.static_range(D):
+            own = tl.load(feature_ptr + c * N + i, mask=i < N, other=0.0)
+            difference = own[:, None] - tl.load(feature_ptr + c * N + j, mask=j < N, other=0.0)[None, :]
+            square += difference * difference
+        mask = (j[:, None] < N) & (k[None, :] < WIDTH)
+        x = tl.load(x_ptr + (b * N + j[:, None]) * WIDTH + k[None, :], mask=mask, other=0.0)
+        if SCALED:
+            x = x * tl.load(before_ptr + b * N + j, mask=j < N, other=0.0)[:, None]
+        total += tl.dot(tl.exp(-0.5 * square), x, input_precision="ieee")
+    n = b * N + i
+    mask = (i[:, None] < N) & (k[None, :] < WIDTH)
+    to_ptr = out_ptr + n[:, None] * WIDTH + k[None, :]
+    store_messages(to_ptr, total, after_ptr, compat_ptr, n, k, mask, SCALED, ADD)
+
+
+@triton.jit
+def _messages(
+    message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there,
+    MESSAGE: tl.constexpr, CORNERS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What rows ``n`` hear: the rows stored before (MESSAGE), and a slice of the last lattice (CORNERS > 0)."""
+    mask = there[:, None] & (k[None, :] < WIDTH)
+    total = tl.zeros(mask.shape, tl.float32)
+    if CORNERS > 0:
+        scale = alpha * tl.load(scale_ptr + n, mask=there, other=0.0)[:, None]
+        compat = tl.load(compat_ptr + k, mask=k < WIDTH, other=0.0)[None, :]
+        total = scale * compat * gather_corners(z_ptr, vertex_ptr, weight_ptr, n, k, there, CORNERS, WIDTH)
+    if MESSAGE:
+        total += tl.load(message_ptr + n[:, None] * WIDTH + k[None, :], mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["R", "N", "K"])
+def _crf_update_kernel(
+    unary_ptr, inside_ptr, message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, out_ptr, bad_ptr,
+    R, N, K, alpha, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: softmax(-U - messages) of BLOCK_N of the R pixels, to rows or (PLANES) to (B, K, N)."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    there = (tl.load(inside_ptr + n, mask=n < R, other=0) != 0)
+    plane = (n // N * K)[:, None] * N + k[None, :] * N + (n % N)[:, None]
+    label = k[None, :] < K
+    unary = tl.load(unary_ptr + plane, mask=there[:, None] & label, other=0.0).to(tl.float32)
+    unary += _messages(
+        message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there, MESSAGE, CORNERS, WIDTH
+    )
+    energy = tl.where(label, -unary, float("-inf"))
+    q = tl.exp(energy - tl.max(energy, 1)[:, None])
+    sum = tl.sum(q, 1)
+    tl.store(bad_ptr + tl.zeros([BLOCK_N], tl.int32), 1, mask=there & ~((sum > 0) & (sum < float("inf"))))
+    q = tl.where(there[:, None], q / sum[:, None], 0.0)
+    if PLANES:
+        tl.store(out_ptr + plane, q.to(out_ptr.dtype.element_ty), mask=(n[:, None] < R) & label)
+    else:
+        tl.store(out_ptr + n[:, None] * WIDTH + k[None, :], q, mask=(n[:, None] < R) & (k[None, :] < WIDTH))
+
+
+@triton.jit(do_not_specialize=["R", "N", "K"])
+def _crf_gradient_kernel(
+    grad_ptr, q_ptr, inside_ptr, message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr,
+    energy_ptr, total_ptr, out_ptr, R, N, K, alpha,
+    FIRST: tl.constexpr, LAST: tl.constexpr, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: of BLOCK_N pixels, the gradient of the energies that gave ``q``, and its sum over the steps so far.
+
+    The gradient of ``q`` comes from outside in FIRST, else it is what the adjoint kernels sent.
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    there = (tl.load(inside_ptr + n, mask=n < R, other=0) != 0)
+    plane = (n // N * K)[:, None] * N + k[None, :] * N + (n % N)[:, None]
+    row = n[:, None] * WIDTH + k[None, :]
+    mask = (n[:, None] < R) & (k[None, :] < WIDTH)
+    if FIRST:
+        g = tl.load(grad_ptr + plane, mask=there[:, None] & (k[None, :] < K), other=0.0).to(tl.float32)
+    else:
+        g = _messages(
+            message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there,
+            MESSAGE, CORNERS, WIDTH,
+        )  # fmt: skip
+    q = tl.load(q_ptr + row, mask=mask, other=0.0)
+    energy = q * (tl.sum(q * g, 1)[:, None] - g)
+    total = energy
+    if not FIRST:
+        total += tl.load(total_ptr + row, mask=mask, other=0.0)
+    if LAST:
+        tl.store(out_ptr + plane, total.to(out_ptr.dtype.element_ty), mask=(n[:, None] < R) & (k[None, :] < K))
+    else:
+        tl.store(total_ptr + row, total, mask=mask)
+        tl.store(energy_ptr + row, energy, mask=mask)
+
+
+class _Scales(NamedTuple):
+    """What stands around a raw kernel: a number a pixel before and after it, and one a label."""
+
+    before: Tensor  # (B N,)
+    after: Tensor
+    compat: Tensor  # (width,)
+
+
+# (rows, scales or None, out rows, whether to add to them): rows through a symmetric kernel
+Filter = Callable[[Tensor, "_Scales | None", Tensor, bool], None]
+
+
+def _spatial(sigma: list[float], cut: bool, B: int, H: int, W: int) -> Filter:
+    reach = REACH if cut else VANISHES
+    radius_x, radius_y = (int(min(reach * s, n - 1)) for s, n in zip(sigma, (W, H), strict=True))
+
+    def run(x: Tensor, scales: _Scales | None, out: Tensor, add: bool) -> None:
+        width, half = x.shape[1], torch.empty_like(x)
+        before, after, compat = scales or (None, None, None)
+        down = (B * triton.cdiv(H, SPATIAL["BLOCK_Y"]), triton.cdiv(W * width, SPATIAL["BLOCK_C"]))
+        _crf_spatial_kernel[down](
+            x, before, None, None, half, H, W * width, W, radius_y, sigma[1],
+            ENTER=scales is not None, SCALED=False, ADD=False, WIDTH=width, **SPATIAL,
+        )  # fmt: skip
+        size = {**SPATIAL, "BLOCK_C": _dot_block(width)}
+        along = (B * H * triton.cdiv(W, size["BLOCK_Y"]), triton.cdiv(width, size["BLOCK_C"]))
+        _crf_spatial_kernel[along](
+            half, None, after, compat, out, W, width, 1, radius_x, sigma[0],
+            ENTER=False, SCALED=scales is not None, ADD=add, WIDTH=width, **size,
+        )  # fmt: skip
+
+    return run
+
+
+def _exact(features: Tensor) -> Filter:
+    B, d, N = features.shape
+
+    def run(x: Tensor, scales: _Scales | None, out: Tensor, add: bool) -> None:
+        width = x.shape[1]
+        across = _dot_block(width)
+        _crf_exact_kernel[(triton.cdiv(N, EXACT["BLOCK_I"]), B, triton.cdiv(width, across))](
+            features, x, *(scales or (None, None, None)), out, N,
+            SCALED=scales is not None, ADD=add, D=d, WIDTH=width, BLOCK_K=across, **EXACT,
+        )  # fmt: skip
+
+    return run
+
+
+def _dot_block(width: int) -> int:
+    """Labels a program of a matrix product takes; ``tl.dot`` wants at least 16."""
+    return min(max(16, triton.next_power_of_2(width)), 64)
+
+
+class _Term:
+    """A pairwise term: a raw kernel, its normalisation and its compatibility, for a whole batch."""
+
+    def __init__(self, kernel: Lattice | Filter, inside: Tensor, compat: Tensor, normalization: str, width: int) -> None:
+        self.kernel = kernel
+        ones = inside.reshape(-1, 1).float()
+        norm = torch.empty_like(ones)
+        if isinstance(kernel, Lattice):
+            kernel.slice(kernel.blurred(ones), norm)
+        else:
+            kernel(ones, None, norm, False)
+        norm = norm.flatten() + 1e-20
+        one = torch.ones_like(norm)
+        self.before, self.after = {
+            "symmetric": (norm.rsqrt(), norm.rsqrt()), "before": (1 / norm, one), "after": (one, 1 / norm),
+            "none": (one, one),
+        }[normalization]  # fmt: skip
+        K = compat.shape[0]
+        self.vector, self.one = norm.new_zeros(width), norm.new_ones(width)
+        self.matrix: Tensor | None = None
+        if compat.ndim == 1:
+            self.vector[:K] = compat
+        else:
+            self.vector = self.one
+            self.matrix = norm.new_zeros((width, width))
+            self.matrix[:K, :K] = compat
+        self._weights: dict[bool, Tensor] = {}
+
+    def scales(self, adjoint: bool, compatible: bool = True) -> _Scales:
+        before, after = (self.after, self.before) if adjoint else (self.before, self.after)
+        return _Scales(before, after, self.vector if compatible else self.one)
+
+    def blurred(self, x: Tensor, adjoint: bool) -> Tensor:
+        """Rows of a lattice's vertices, before the slice."""
+        assert isinstance(self.kernel, Lattice)
+        if adjoint not in self._weights:
+            self._weights[adjoint] = self.kernel.splat_weights(self.scales(adjoint).before)
+        return self.kernel.blurred(x, self._weights[adjoint], adjoint)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """The matrix of the compatibility, if it is one; it commutes with kernels, whose numbers are a pixel's."""
+        return x if self.matrix is None else x @ self.matrix
+
+    def send(self, x: Tensor, adjoint: bool, out: Tensor, add: bool, compatible: bool = True) -> None:
+        """Messages of rows ``x``, or what the adjoint sends, to rows ``out``; raw ones if not ``compatible``."""
+        x, scales = self.mixed(x) if compatible else x, self.scales(adjoint, compatible)
+        if isinstance(self.kernel, Lattice):
+            self.kernel.slice(self.blurred(x, adjoint), out, scales.after, scales.compat, add)
+        else:
+            self.kernel(x, scales, out, add)
+
+
+class _MeanField:
+    """The problem of a batch: energies, terms, and the steps as launches."""
+
+    def __init__(
+        self, unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
+        bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], normalization: str,
+        kernel: str,
+    ) -> None:  # fmt: skip
+        if unary.dtype == torch.float64:
+            raise TypeError("crf_mean_field: the triton backend computes in float32, got unary float64")
+        B, K, H, W = unary.shape
+        self.unary = unary.contiguous()
+        self.shape = B * H * W, H * W, K
+        self.width = row_width(K)
+        self.bad = torch.zeros(1, dtype=torch.int32, device=unary.device)
+        self.compats = [compat for compat in (gaussian_compat, bilateral_compat) if compat is not None]
+        self.valid = valid
+        x, y = torch.arange(W, device=unary.device), torch.arange(H, device=unary.device)
+        if valid is None:
+            self.inside = torch.ones((B, H * W), dtype=torch.bool, device=unary.device)
+        else:
+            inside = (y[:, None] < valid[:, :1, None]) & (x < valid[:, 1:, None])
+            self.inside = inside.flatten(1)
+        self.terms: list[_Term] = []
+
+        def add(kernel: Lattice | Filter, compat: Tensor) -> None:
+            self.terms.append(_Term(kernel, self.inside, compat, normalization, self.width))
+
+        if gaussian_compat is not None:
+            if kernel == "lattice":
+                places = _features(x, y, gaussian_sigma, None).expand(B, -1, -1)
+                add(Lattice(places, self.inside), gaussian_compat)
+            else:
+                add(_spatial(gaussian_sigma, kernel == "fast", B, H, W), gaussian_compat)
+        if bilateral_compat is not None:
+            features = _features(x, y, bilateral_sigma, image)
+            if kernel == "exact":  # zeros outside, where an image may hold anything
+                add(_exact(torch.where(self.inside[:, None], features, 0)), bilateral_compat)
+            else:
+                add(Lattice(features, self.inside), bilateral_compat)
+
+    def rows(self) -> Tensor:
+        return torch.empty((self.shape[0], self.width), dtype=torch.float32, device=self.unary.device)
+
+    def update(self, q: Tensor | None, out: Tensor) -> None:
+        """The next Q from rows ``q``, which ``out`` may be; the first of all without. ``out``: rows, or planes."""
+        size = blocks(self.width)
+        _crf_update_kernel[(triton.cdiv(self.shape[0], size["BLOCK_N"]),)](
+            self.unary, self.inside, out_ptr=out, bad_ptr=self.bad, R=self.shape[0], N=self.shape[1], K=self.shape[2],
+            **self._hear(q, False), PLANES=out.ndim == 4, WIDTH=self.width, **size,
+        )  # fmt: skip
+
+    def gradient(self, grad: Tensor | None, energy: Tensor, q: Tensor, total: Tensor, out: Tensor | None) -> None:
+        """Gradient of the energies that gave rows ``q``, into ``energy``, added to ``total``; the last sum to ``out``.
+
+        ``grad (B, K, H, W)`` is the result's gradient; without, ``energy`` holds what is here asked for, a step later.
+        """
+        size = blocks(self.width)
+        _crf_gradient_kernel[(triton.cdiv(self.shape[0], size["BLOCK_N"]),)](
+            grad, q, self.inside, energy_ptr=energy, total_ptr=total, out_ptr=out,
+            R=self.shape[0], N=self.shape[1], K=self.shape[2], **self._hear(energy if grad is None else None, True),
+            FIRST=grad is not None, LAST=out is not None, WIDTH=self.width, **size,
+        )  # fmt: skip
+
+    def steps(self, iterations: int) -> list[Tensor]:
+        """Rows of Q after 0, 1, ... steps."""
+        steps = [self.rows()]
+        self.update(None, steps[0])
+        for _ in range(iterations):
+            steps.append(self.rows())
+            self.update(steps[-2], steps[-1])
+        return steps
+
+    def check(self) -> None:
+        """The one synchronisation after the build: refuse what the kernels met."""
+        H, W = self.unary.shape[2:]
+        flags = {
+            "expected unary without NaN and -inf, with a finite energy at every pixel, and messages that do not "
+            "overflow": self.bad[0] == 0
+        }
+        if self.valid is not None:
+            fits = (self.valid >= 0) & (self.valid <= self.valid.new_tensor([H, W]))
+            flags[f"expected valid heights in [0, {H}] and widths in [0, {W}], got {self.valid.tolist()}"] = fits.all()
+        for compat in self.compats:
+            flags["expected finite compatibilities"] = compat.isfinite().all()
+        for message, good in reversed(list(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True))):
+            if not good:
+                raise ValueError(f"crf_mean_field: {message}")
+
+    def _hear(self, x: Tensor | None, adjoint: bool) -> dict[str, Tensor | float | None]:
+        """Arguments of a kernel for the messages of rows ``x``: a lattice that comes last is left to be sliced there."""
+        terms = [] if x is None else self.terms
+        fused = terms[-1] if terms and isinstance(terms[-1].kernel, Lattice) else None
+        heard = dict.fromkeys(("message_ptr", "z_ptr", "vertex_ptr", "weight_ptr", "scale_ptr", "compat_ptr"))
+        stored = [term for term in terms if term is not fused]
+        if stored:
+            heard["message_ptr"] = self.rows()
+        for i, term in enumerate(stored):
+            term.send(x, adjoint, heard["message_ptr"], add=i > 0)
+        if fused is None:
+            return {**heard, "alpha": 1.0, "MESSAGE": bool(stored), "CORNERS": 0}
+        scales = fused.scales(adjoint)
+        heard["z_ptr"], heard["scale_ptr"] = fused.blurred(fused.mixed(x), adjoint), scales.after
+        heard["vertex_ptr"], heard["weight_ptr"] = fused.kernel.vertex, fused.kernel.weight
+        heard["compat_ptr"] = scales.compat
+        corners = len(fused.kernel.neighbour)
+        return {**heard, "alpha": fused.kernel.alpha, "MESSAGE": bool(stored), "CORNERS": corners}
+
+
+def _features(x: Tensor, y: Tensor, sigma: list[float], image: Tensor | None) -> Tensor:
+    """``(x/sx, y/sy)``, with an image ``(B, 3, H, W)`` followed by its channels over theirs: :math:`(B, d, H W)`."""
+    planes = [x.expand(len(y), -1), y[:, None].expand(-1, len(x))]
+    if image is not None:
+        planes = [p.expand(len(image), -1, -1) for p in planes] + list(image.unbind(1))
+    # By a tensor: a division by a number is a product with its reciprocal on a GPU, which rounds otherwise.
+    over = [p.float() / torch.full((), s, device=x.device) for p, s in zip(planes, sigma, strict=True)]
+    return torch.stack(over, dim=-3).flatten(-2)
+
+
+def crf_mean_field_fwd(
+    unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
+    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
+    normalization: str, kernel: str,
+) -> Tensor:  # fmt: skip
+    """``unary (B, K, H, W)`` -> Q after the last step; arguments as the reference's."""
+    out = unary.new_zeros(unary.shape)
+    if out.numel() == 0:
+        return out
+    field = _MeanField(
+        unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization, kernel
+    )
+    q = None
+    for _ in range(iterations):
+        rows = field.rows() if q is None else q
+        field.update(q, rows)
+        q = rows
+    field.update(q, out)
+    field.check()
+    return out
+
+
+def crf_mean_field_bwd(grad: Tensor, unary: Tensor, *rest: Any) -> Tensor:
+    """Gradient of the unary; arguments as the reference's. Holds Q of every step of the whole batch."""
+    return _backward(grad, unary, *rest, compatible=False)[0]
+
+
+def crf_mean_field_gradients(grad: Tensor, unary: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the unary and of both compatibilities, which multiply messages; arguments as the reference's."""
+    return _backward(grad, unary, *rest, compatible=True)
+
+
+def _backward(
+    grad: Tensor, unary: Tensor, image: Tensor | None, valid: Tensor | None, gaussian_compat: Tensor | None,
+    bilateral_compat: Tensor | None, gaussian_sigma: list[float], bilateral_sigma: list[float], iterations: int,
+    normalization: str, kernel: str, *, compatible: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """With dE the gradient of the energies of a step and Q what the step before gave: the gradient of a compatibility
+    is the sum over pixels of dE times K Q, which is K^T dE times Q."""
+    out = unary.new_zeros(unary.shape)
+    compats = [None if c is None else torch.zeros_like(c) for c in (gaussian_compat, bilateral_compat)]
+    if out.numel() > 0:
+        field = _MeanField(
+            unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization,
+            kernel,
+        )  # fmt: skip
+        steps, energy, total, K = field.steps(iterations), field.rows(), field.rows(), unary.shape[1]
+        field.gradient(grad.contiguous(), energy, steps[-1], total, None if iterations else out)
+        for step in reversed(range(iterations)):
+            for term, compat in zip(field.terms, [c for c in compats if c is not None], strict=True):
+                if compatible:
+                    heard = field.rows()
+                    term.send(energy, True, heard, add=False, compatible=False)
+                    heard, q = heard[:, :K], steps[step][:, :K]
+                    compat += (heard * q).sum(0) if compat.ndim == 1 else heard.mT @ q
+            field.gradient(None, energy, steps[step], total, None if step else out)
+        field.check()
+    return out, *compats
