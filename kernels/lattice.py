@@ -18,7 +18,7 @@ from torch import Tensor
 COORDINATE_LIMIT = 2**22  # lattice coordinates from here on have no fraction worth the name in float32
 NO_KEY = 2**63 - 1  # key of a corner that does not count; the last in the order
 PART = 32  # pairs (point, vertex) that a program adds one by one
-POINTS = 128  # points, pairs or vertices of one program of the build
+POINTS = 256  # points, pairs or vertices of one program of the build
 # Multiply-adds in the search must round twice, as on a CPU: else points near a face fall into another simplex.
 EXACT = {"enable_fp_fusion": False}
 
