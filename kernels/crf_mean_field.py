@@ -1,8 +1,8 @@
 """Mean field of the dense CRF in Triton: a batch at a time, rows of labels innermost, sums in float32, no atomics.
 
 Between the build of the lattices and the last step the host reads nothing, so that steps can be captured in a CUDA
-graph. A step of one image with a lattice is a splat, a blur an axis, and one kernel that slices, normalises, weighs with
-the compatibility, adds the energies and takes the softmax.
+graph. A step with a lattice is a splat, a blur an axis, and one kernel that slices, normalises, weighs with the
+compatibility, adds the energies and takes the softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcam.kernels.lattice import Lattice, blocks, gather_corners, row_width, store_messages
+from fastcam.kernels.lattice import Lattice, blocks, gather_corners, row_width, store_messages, to_rows
 
 __all__ = ["Lattice", "crf_mean_field_bwd", "crf_mean_field_fwd", "crf_mean_field_gradients"]
 
@@ -23,6 +23,7 @@ REACH = 4.5  # kernel="fast" leaves out spatial weights beyond so many standard 
 VANISHES = 15.0  # standard deviations where a weight is 0 in float32
 SPATIAL = {"BLOCK_Y": 32, "BLOCK_I": 16, "BLOCK_C": 64}
 EXACT = {"BLOCK_I": 64, "BLOCK_J": 32}
+SLICED = ("z_ptr", "vertex_ptr", "weight_ptr", "scale_ptr", "compat_ptr")
 
 
 @triton.jit(do_not_specialize=["n", "columns", "pixels", "radius"])
@@ -33,8 +34,8 @@ def _crf_spatial_kernel(
 ):  # fmt: skip
     """One program: BLOCK_Y lines by BLOCK_C columns of a Gaussian along the lines of one of many (n, columns) blocks.
 
-    Down an image a line is a row of pixels with their labels, along a row of pixels it is one pixel's labels: a line has
-    ``pixels`` pixels of WIDTH labels. The band of weights times a tile of lines is a matrix product.
+    A line has ``pixels`` pixels of WIDTH labels: down an image it is a row of pixels, along a row of pixels it is one
+    of them. The band of weights times a tile of lines is a matrix product.
     """
     tiles = tl.cdiv(n, BLOCK_Y)
     block, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -76,13 +77,15 @@ def _crf_exact_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     feature_ptr += b * D * N
+    own = ()
+    for c in tl.static_range(D):
+        own = own + (tl.load(feature_ptr + c * N + i, mask=i < N, other=0.0)[:, None],)  # type: ignore[assignment] # noqa: RUF005
     total = tl.zeros([BLOCK_I, BLOCK_K], tl.float32)
     for first in range(0, N, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         square = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
         for c in tl.static_range(D):
-            own = tl.load(feature_ptr + c * N + i, mask=i < N, other=0.0)
-            difference = own[:, None] - tl.load(feature_ptr + c * N + j, mask=j < N, other=0.0)[None, :]
+            difference = own[c] - tl.load(feature_ptr + c * N + j, mask=j < N, other=0.0)[None, :]
             square += difference * difference
         mask = (j[:, None] < N) & (k[None, :] < WIDTH)
         x = tl.load(x_ptr + (b * N + j[:, None]) * WIDTH + k[None, :], mask=mask, other=0.0)
@@ -112,67 +115,47 @@ def _messages(
     return total
 
 
-@triton.jit(do_not_specialize=["R", "N", "K"])
+@triton.jit(do_not_specialize=["R"])
 def _crf_update_kernel(
     unary_ptr, inside_ptr, message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, out_ptr, bad_ptr,
-    R, N, K, alpha, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
+    R, alpha, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: softmax(-U - messages) of BLOCK_N of the R pixels, to rows or (PLANES) to (B, K, N)."""
+    """One program: softmax(-U - messages) of BLOCK_N of the R pixels; 0 outside. ``bad`` is set where there is none."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    there = (tl.load(inside_ptr + n, mask=n < R, other=0) != 0)
-    plane = (n // N * K)[:, None] * N + k[None, :] * N + (n % N)[:, None]
-    label = k[None, :] < K
-    unary = tl.load(unary_ptr + plane, mask=there[:, None] & label, other=0.0).to(tl.float32)
-    unary += _messages(
+    there = tl.load(inside_ptr + n, mask=n < R, other=0) != 0
+    row, label = n[:, None] * WIDTH + k[None, :], k[None, :] < WIDTH
+    heard = _messages(
         message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there, MESSAGE, CORNERS, WIDTH
     )
-    energy = tl.where(label, -unary, float("-inf"))
+    unary = tl.load(unary_ptr + row, mask=there[:, None] & label, other=float("inf"))
+    energy = tl.where(there[:, None], -unary - heard, 0.0)
     q = tl.exp(energy - tl.max(energy, 1)[:, None])
     sum = tl.sum(q, 1)
     tl.store(bad_ptr + tl.zeros([BLOCK_N], tl.int32), 1, mask=there & ~((sum > 0) & (sum < float("inf"))))
-    q = tl.where(there[:, None], q / sum[:, None], 0.0)
-    if PLANES:
-        tl.store(out_ptr + plane, q.to(out_ptr.dtype.element_ty), mask=(n[:, None] < R) & label)
-    else:
-        tl.store(out_ptr + n[:, None] * WIDTH + k[None, :], q, mask=(n[:, None] < R) & (k[None, :] < WIDTH))
+    tl.store(out_ptr + row, tl.where(there[:, None], q / sum[:, None], 0.0), mask=(n[:, None] < R) & label)
 
 
-@triton.jit(do_not_specialize=["R", "N", "K"])
+@triton.jit(do_not_specialize=["R"])
 def _crf_gradient_kernel(
-    grad_ptr, q_ptr, inside_ptr, message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr,
-    energy_ptr, total_ptr, out_ptr, R, N, K, alpha,
-    FIRST: tl.constexpr, LAST: tl.constexpr, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, WIDTH: tl.constexpr,
+    q_ptr, inside_ptr, message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, energy_ptr, total_ptr,
+    R, alpha, MESSAGE: tl.constexpr, CORNERS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: of BLOCK_N pixels, the gradient of the energies that gave ``q``, and its sum over the steps so far.
-
-    The gradient of ``q`` comes from outside in FIRST, else it is what the adjoint kernels sent.
-    """
+    """One program: gradient of the energies that gave ``q``, from that of ``q``, which is what BLOCK_N of the R pixels
+    hear; added to ``total``."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    there = (tl.load(inside_ptr + n, mask=n < R, other=0) != 0)
-    plane = (n // N * K)[:, None] * N + k[None, :] * N + (n % N)[:, None]
-    row = n[:, None] * WIDTH + k[None, :]
-    mask = (n[:, None] < R) & (k[None, :] < WIDTH)
-    if FIRST:
-        g = tl.load(grad_ptr + plane, mask=there[:, None] & (k[None, :] < K), other=0.0).to(tl.float32)
-    else:
-        g = _messages(
-            message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there,
-            MESSAGE, CORNERS, WIDTH,
-        )  # fmt: skip
+    there = tl.load(inside_ptr + n, mask=n < R, other=0) != 0
+    row, mask = n[:, None] * WIDTH + k[None, :], (n[:, None] < R) & (k[None, :] < WIDTH)
+    g = _messages(
+        message_ptr, z_ptr, vertex_ptr, weight_ptr, scale_ptr, compat_ptr, alpha, n, k, there, MESSAGE, CORNERS, WIDTH
+    )
     q = tl.load(q_ptr + row, mask=mask, other=0.0)
     energy = q * (tl.sum(q * g, 1)[:, None] - g)
-    total = energy
-    if not FIRST:
-        total += tl.load(total_ptr + row, mask=mask, other=0.0)
-    if LAST:
-        tl.store(out_ptr + plane, total.to(out_ptr.dtype.element_ty), mask=(n[:, None] < R) & (k[None, :] < K))
-    else:
-        tl.store(total_ptr + row, total, mask=mask)
-        tl.store(energy_ptr + row, energy, mask=mask)
+    tl.store(total_ptr + row, energy + tl.load(total_ptr + row, mask=mask, other=0.0), mask=mask)
+    tl.store(energy_ptr + row, energy, mask=mask)
 
 
 class _Scales(NamedTuple):
@@ -229,23 +212,24 @@ def _dot_block(width: int) -> int:
 
 
 class _Term:
-    """A pairwise term: a raw kernel, its normalisation and its compatibility, for a whole batch."""
+    """A pairwise term: a raw kernel (a lattice or a filter), its normalisation and its compatibility, for a batch."""
 
-    def __init__(self, kernel: Lattice | Filter, inside: Tensor, compat: Tensor, normalization: str, width: int) -> None:
-        self.kernel = kernel
+    def __init__(
+        self, lattice: Lattice | None, filter: Filter | None, inside: Tensor, compat: Tensor, normalization: str,
+        width: int,
+    ) -> None:  # fmt: skip
+        self.lattice, self.filter = lattice, filter
         ones = inside.reshape(-1, 1).float()
         norm = torch.empty_like(ones)
-        if isinstance(kernel, Lattice):
-            kernel.slice(kernel.blurred(ones), norm)
-        else:
-            kernel(ones, None, norm, False)
+        if lattice is not None:
+            lattice.slice(lattice.blurred(ones), norm)
+        elif filter is not None:
+            filter(ones, None, norm, False)
         norm = norm.flatten() + 1e-20
-        one = torch.ones_like(norm)
-        self.before, self.after = {
-            "symmetric": (norm.rsqrt(), norm.rsqrt()), "before": (1 / norm, one), "after": (one, 1 / norm),
-            "none": (one, one),
-        }[normalization]  # fmt: skip
-        K = compat.shape[0]
+        one, root = torch.ones_like(norm), norm.rsqrt()
+        around = {"symmetric": (root, root), "before": (1 / norm, one), "after": (one, 1 / norm), "none": (one, one)}
+        self.before, self.after = around[normalization]
+        K = len(compat)
         self.vector, self.one = norm.new_zeros(width), norm.new_ones(width)
         self.matrix: Tensor | None = None
         if compat.ndim == 1:
@@ -260,13 +244,6 @@ class _Term:
         before, after = (self.after, self.before) if adjoint else (self.before, self.after)
         return _Scales(before, after, self.vector if compatible else self.one)
 
-    def blurred(self, x: Tensor, adjoint: bool) -> Tensor:
-        """Rows of a lattice's vertices, before the slice."""
-        assert isinstance(self.kernel, Lattice)
-        if adjoint not in self._weights:
-            self._weights[adjoint] = self.kernel.splat_weights(self.scales(adjoint).before)
-        return self.kernel.blurred(x, self._weights[adjoint], adjoint)
-
     def mixed(self, x: Tensor) -> Tensor:
         """The matrix of the compatibility, if it is one; it commutes with kernels, whose numbers are a pixel's."""
         return x if self.matrix is None else x @ self.matrix
@@ -274,13 +251,28 @@ class _Term:
     def send(self, x: Tensor, adjoint: bool, out: Tensor, add: bool, compatible: bool = True) -> None:
         """Messages of rows ``x``, or what the adjoint sends, to rows ``out``; raw ones if not ``compatible``."""
         x, scales = self.mixed(x) if compatible else x, self.scales(adjoint, compatible)
-        if isinstance(self.kernel, Lattice):
-            self.kernel.slice(self.blurred(x, adjoint), out, scales.after, scales.compat, add)
-        else:
-            self.kernel(x, scales, out, add)
+        if self.lattice is not None:
+            z = self._blurred(self.lattice, x, adjoint)
+            self.lattice.slice(z, out, scales.after, scales.compat, add)
+        elif self.filter is not None:
+            self.filter(x, scales, out, add)
+
+    def unsliced(self, lattice: Lattice, x: Tensor, adjoint: bool) -> dict[str, Any]:
+        """What a kernel needs to slice the messages of rows ``x`` itself."""
+        scales = self.scales(adjoint)
+        return {
+            "z_ptr": self._blurred(lattice, self.mixed(x), adjoint), "vertex_ptr": lattice.vertex,
+            "weight_ptr": lattice.weight, "scale_ptr": scales.after, "compat_ptr": scales.compat,
+            "alpha": lattice.alpha, "CORNERS": lattice.weight.shape[1],
+        }  # fmt: skip
+
+    def _blurred(self, lattice: Lattice, x: Tensor, adjoint: bool) -> Tensor:
+        if adjoint not in self._weights:
+            self._weights[adjoint] = lattice.splat_weights(self.scales(adjoint).before)
+        return lattice.blurred(x, self._weights[adjoint], adjoint)
 
 
-class _MeanField:
+class MeanField:
     """The problem of a batch: energies, terms, and the steps as launches."""
 
     def __init__(
@@ -291,9 +283,8 @@ class _MeanField:
         if unary.dtype == torch.float64:
             raise TypeError("crf_mean_field: the triton backend computes in float32, got unary float64")
         B, K, H, W = unary.shape
-        self.unary = unary.contiguous()
-        self.shape = B * H * W, H * W, K
-        self.width = row_width(K)
+        self.shape, self.dtype, self.width = unary.shape, unary.dtype, row_width(K)
+        self.unary = to_rows(unary.flatten(2), torch.inf)
         self.bad = torch.zeros(1, dtype=torch.int32, device=unary.device)
         self.compats = [compat for compat in (gaussian_compat, bilateral_compat) if compat is not None]
         self.valid = valid
@@ -305,44 +296,57 @@ class _MeanField:
             self.inside = inside.flatten(1)
         self.terms: list[_Term] = []
 
-        def add(kernel: Lattice | Filter, compat: Tensor) -> None:
-            self.terms.append(_Term(kernel, self.inside, compat, normalization, self.width))
+        def add(lattice: Lattice | None, filter: Filter | None, compat: Tensor) -> None:
+            self.terms.append(_Term(lattice, filter, self.inside, compat, normalization, self.width))
 
         if gaussian_compat is not None:
             if kernel == "lattice":
                 places = _features(x, y, gaussian_sigma, None).expand(B, -1, -1)
-                add(Lattice(places, self.inside), gaussian_compat)
+                add(Lattice(places, self.inside), None, gaussian_compat)
             else:
-                add(_spatial(gaussian_sigma, kernel == "fast", B, H, W), gaussian_compat)
+                add(None, _spatial(gaussian_sigma, kernel == "fast", B, H, W), gaussian_compat)
         if bilateral_compat is not None:
             features = _features(x, y, bilateral_sigma, image)
             if kernel == "exact":  # zeros outside, where an image may hold anything
-                add(_exact(torch.where(self.inside[:, None], features, 0)), bilateral_compat)
+                add(None, _exact(torch.where(self.inside[:, None], features, 0)), bilateral_compat)
             else:
-                add(Lattice(features, self.inside), bilateral_compat)
+                add(Lattice(features, self.inside), None, bilateral_compat)
 
     def rows(self) -> Tensor:
-        return torch.empty((self.shape[0], self.width), dtype=torch.float32, device=self.unary.device)
+        return torch.empty_like(self.unary)
+
+    def planes(self, rows: Tensor) -> Tensor:
+        """Rows -> ``(B, K, H, W)`` in the dtype of the unary."""
+        B, K, H, W = self.shape
+        return rows.view(B, H, W, -1)[..., :K].permute(0, 3, 1, 2).to(self.dtype).contiguous()
 
     def update(self, q: Tensor | None, out: Tensor) -> None:
-        """The next Q from rows ``q``, which ``out`` may be; the first of all without. ``out``: rows, or planes."""
-        size = blocks(self.width)
-        _crf_update_kernel[(triton.cdiv(self.shape[0], size["BLOCK_N"]),)](
-            self.unary, self.inside, out_ptr=out, bad_ptr=self.bad, R=self.shape[0], N=self.shape[1], K=self.shape[2],
-            **self._hear(q, False), PLANES=out.ndim == 4, WIDTH=self.width, **size,
-        )  # fmt: skip
+        """The next Q from rows ``q``, which ``out`` may be; the first of all without."""
+        self._launch(_crf_update_kernel, self._hear(q, False), unary_ptr=self.unary, out_ptr=out, bad_ptr=self.bad)
 
-    def gradient(self, grad: Tensor | None, energy: Tensor, q: Tensor, total: Tensor, out: Tensor | None) -> None:
-        """Gradient of the energies that gave rows ``q``, into ``energy``, added to ``total``; the last sum to ``out``.
+    def gradient(self, grad: Tensor | None, energy: Tensor, q: Tensor, total: Tensor) -> None:
+        """Gradient of the energies that gave rows ``q``, into ``energy`` and added to ``total``.
 
-        ``grad (B, K, H, W)`` is the result's gradient; without, ``energy`` holds what is here asked for, a step later.
+        ``grad``: rows of the gradient of ``q``; without, ``energy`` holds what is here asked for, a step later.
         """
-        size = blocks(self.width)
-        _crf_gradient_kernel[(triton.cdiv(self.shape[0], size["BLOCK_N"]),)](
-            grad, q, self.inside, energy_ptr=energy, total_ptr=total, out_ptr=out,
-            R=self.shape[0], N=self.shape[1], K=self.shape[2], **self._hear(energy if grad is None else None, True),
-            FIRST=grad is not None, LAST=out is not None, WIDTH=self.width, **size,
-        )  # fmt: skip
+        heard = self._hear(energy if grad is None else None, True)
+        if grad is not None:
+            heard |= {"message_ptr": grad, "MESSAGE": True}
+        self._launch(_crf_gradient_kernel, heard, q_ptr=q, energy_ptr=energy, total_ptr=total)
+
+    def _launch(self, kernel: Any, heard: dict[str, Any], **rows: Tensor) -> None:
+        size, R = blocks(self.width), self.inside.numel()
+        kernel[(triton.cdiv(R, size["BLOCK_N"]),)](
+            inside_ptr=self.inside, R=R, WIDTH=self.width, **rows, **heard, **size
+        )
+
+    def result(self, iterations: int) -> Tensor:
+        """Q after some steps, ``(B, K, H, W)`` in the dtype of the unary."""
+        q = self.rows()
+        self.update(None, q)
+        for _ in range(iterations):
+            self.update(q, q)
+        return self.planes(q)
 
     def steps(self, iterations: int) -> list[Tensor]:
         """Rows of Q after 0, 1, ... steps."""
@@ -355,7 +359,7 @@ class _MeanField:
 
     def check(self) -> None:
         """The one synchronisation after the build: refuse what the kernels met."""
-        H, W = self.unary.shape[2:]
+        H, W = self.shape[2:]
         flags = {
             "expected unary without NaN and -inf, with a finite energy at every pixel, and messages that do not "
             "overflow": self.bad[0] == 0
@@ -369,24 +373,21 @@ class _MeanField:
             if not good:
                 raise ValueError(f"crf_mean_field: {message}")
 
-    def _hear(self, x: Tensor | None, adjoint: bool) -> dict[str, Tensor | float | None]:
-        """Arguments of a kernel for the messages of rows ``x``: a lattice that comes last is left to be sliced there."""
-        terms = [] if x is None else self.terms
-        fused = terms[-1] if terms and isinstance(terms[-1].kernel, Lattice) else None
-        heard = dict.fromkeys(("message_ptr", "z_ptr", "vertex_ptr", "weight_ptr", "scale_ptr", "compat_ptr"))
-        stored = [term for term in terms if term is not fused]
+    def _hear(self, x: Tensor | None, adjoint: bool) -> dict[str, Any]:
+        """Arguments of a kernel for the messages of rows ``x``; a lattice of the last term is left for it to slice."""
+        heard: dict[str, Any] = dict.fromkeys(SLICED) | {"alpha": 1.0, "CORNERS": 0}
+        heard |= {"message_ptr": None, "MESSAGE": False}
+        if x is None or not self.terms:
+            return heard
+        stored, lattice = self.terms, self.terms[-1].lattice
+        if lattice is not None:
+            heard |= self.terms[-1].unsliced(lattice, x, adjoint)
+            stored = stored[:-1]
         if stored:
-            heard["message_ptr"] = self.rows()
+            heard |= {"message_ptr": self.rows(), "MESSAGE": True}
         for i, term in enumerate(stored):
             term.send(x, adjoint, heard["message_ptr"], add=i > 0)
-        if fused is None:
-            return {**heard, "alpha": 1.0, "MESSAGE": bool(stored), "CORNERS": 0}
-        scales = fused.scales(adjoint)
-        heard["z_ptr"], heard["scale_ptr"] = fused.blurred(fused.mixed(x), adjoint), scales.after
-        heard["vertex_ptr"], heard["weight_ptr"] = fused.kernel.vertex, fused.kernel.weight
-        heard["compat_ptr"] = scales.compat
-        corners = len(fused.kernel.neighbour)
-        return {**heard, "alpha": fused.kernel.alpha, "MESSAGE": bool(stored), "CORNERS": corners}
+        return heard
 
 
 def _features(x: Tensor, y: Tensor, sigma: list[float], image: Tensor | None) -> Tensor:
@@ -405,18 +406,12 @@ def crf_mean_field_fwd(
     normalization: str, kernel: str,
 ) -> Tensor:  # fmt: skip
     """``unary (B, K, H, W)`` -> Q after the last step; arguments as the reference's."""
-    out = unary.new_zeros(unary.shape)
-    if out.numel() == 0:
-        return out
-    field = _MeanField(
+    if unary.numel() == 0:
+        return unary.new_empty(unary.shape)
+    field = MeanField(
         unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization, kernel
     )
-    q = None
-    for _ in range(iterations):
-        rows = field.rows() if q is None else q
-        field.update(q, rows)
-        q = rows
-    field.update(q, out)
+    out = field.result(iterations)
     field.check()
     return out
 
@@ -438,22 +433,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """With dE the gradient of the energies of a step and Q what the step before gave: the gradient of a compatibility
     is the sum over pixels of dE times K Q, which is K^T dE times Q."""
-    out = unary.new_zeros(unary.shape)
-    compats = [None if c is None else torch.zeros_like(c) for c in (gaussian_compat, bilateral_compat)]
-    if out.numel() > 0:
-        field = _MeanField(
-            unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization,
-            kernel,
-        )  # fmt: skip
-        steps, energy, total, K = field.steps(iterations), field.rows(), field.rows(), unary.shape[1]
-        field.gradient(grad.contiguous(), energy, steps[-1], total, None if iterations else out)
-        for step in reversed(range(iterations)):
-            for term, compat in zip(field.terms, [c for c in compats if c is not None], strict=True):
-                if compatible:
-                    heard = field.rows()
-                    term.send(energy, True, heard, add=False, compatible=False)
-                    heard, q = heard[:, :K], steps[step][:, :K]
-                    compat += (heard * q).sum(0) if compat.ndim == 1 else heard.mT @ q
-            field.gradient(None, energy, steps[step], total, None if step else out)
-        field.check()
-    return out, *compats
+    of_gaussian, of_bilateral = (
+        None if c is None else torch.zeros_like(c) for c in (gaussian_compat, bilateral_compat)
+    )
+    if unary.numel() == 0:
+        return unary.new_empty(unary.shape), of_gaussian, of_bilateral
+    field = MeanField(
+        unary, image, valid, gaussian_compat, bilateral_compat, gaussian_sigma, bilateral_sigma, normalization, kernel
+    )
+    of_compats = [c for c in (of_gaussian, of_bilateral) if c is not None] if compatible else []
+    steps, energy, K = field.steps(iterations), field.rows(), unary.shape[1]
+    total = torch.zeros_like(energy)
+    field.gradient(to_rows(grad.flatten(2), 0.0), energy, steps[-1], total)
+    for q in reversed(steps[:-1]):
+        for term, of_compat in zip(field.terms, of_compats, strict=False):
+            heard = field.rows()
+            term.send(energy, True, heard, add=False, compatible=False)
+            heard, by = heard[:, :K], q[:, :K]
+            of_compat += (heard * by).sum(0) if of_compat.ndim == 1 else heard.mT @ by
+        field.gradient(None, energy, q, total)
+    field.check()
+    return field.planes(total), of_gaussian, of_bilateral

@@ -31,7 +31,15 @@ def row_width(K: int) -> int:
 def blocks(width: int, most: int = 1024) -> dict[str, int]:
     """Rows and values a program handles of rows of ``width`` values, at most ``most`` values across."""
     across = min(triton.next_power_of_2(width), most)
-    return {"BLOCK_N": max(4, min(256, 2048 // across)), "BLOCK_K": across}
+    return {"BLOCK_N": max(4, min(256, 1024 // across)), "BLOCK_K": across}
+
+
+def to_rows(planes: Tensor, padding: float) -> Tensor:
+    """``(B, K, N)``, any strides and dtype -> float32 :math:`(B N, width)`, with ``padding`` behind the labels."""
+    B, K, N = planes.shape
+    rows = torch.full((B, N, row_width(K)), padding, dtype=torch.float32, device=planes.device)
+    rows[..., :K] = planes.mT
+    return rows.flatten(0, 1)
 
 
 def scales(d: int) -> tuple[float, ...]:
@@ -47,7 +55,7 @@ def _elevate(feature_ptr, n, mask, N, D: tl.constexpr, SCALES: tl.constexpr):
     elevated = ()
     for j in tl.static_range(D, 0, -1):
         scaled = tl.load(feature_ptr + (j - 1) * N + n, mask=mask, other=0.0) * SCALES[j - 1]
-        elevated = (total - j * scaled,) + elevated  # noqa: RUF005 (Triton has no starred expressions)
+        elevated = (total - j * scaled,) + elevated  # type: ignore[assignment] # noqa: RUF005
         total += scaled
     return (total,) + elevated  # noqa: RUF005
 
@@ -87,8 +95,8 @@ def _lattice_search_kernel(
     nearest, remainder, whole = (), (), tl.zeros([BLOCK], tl.int32)
     for j in tl.static_range(D + 1):
         rounded = (elevated[j] * inverse + 12582912.0) - 12582912.0  # half to even
-        nearest = nearest + (rounded,)  # noqa: RUF005
-        remainder = remainder + (elevated[j] - rounded * (D + 1),)  # noqa: RUF005
+        nearest = nearest + (rounded,)  # type: ignore[assignment] # noqa: RUF005
+        remainder = remainder + (elevated[j] - rounded * (D + 1),)  # type: ignore[assignment] # noqa: RUF005
         whole += rounded.to(tl.int32)
     ranks, shares = (), ()
     key = tl.load(layout_ptr + D + 1) + b * tl.load(layout_ptr + D) + tl.zeros([BLOCK], tl.int64)
@@ -322,7 +330,9 @@ class Lattice:
         _lattice_starts_kernel[grid](key, count, pairs, NO_KEY=NO_KEY, PART=PART, BLOCK=POINTS)
         count = count.cumsum(0)
 
-        known = torch.stack([(count[-1] & 0xFFFFFFFF).double(), (count[-1] >> 32).double(), lowest.amin().double(), bits])
+        known = torch.stack(
+            [(count[-1] & 0xFFFFFFFF).double(), (count[-1] >> 32).double(), lowest.amin().double(), bits]
+        )
         M, parts, low, width = known.tolist()  # the one synchronisation
         self._check(low, width)
         self.vertices, self._parts = int(M), int(parts)
@@ -380,7 +390,9 @@ class Lattice:
             z, other = other, z
         return z
 
-    def slice(self, z: Tensor, out: Tensor, scale: Tensor | None = None, compat: Tensor | None = None, add: bool = False) -> None:
+    def slice(
+        self, z: Tensor, out: Tensor, scale: Tensor | None = None, compat: Tensor | None = None, add: bool = False
+    ) -> None:
         """Values at the points from :meth:`blurred` rows, into ``out (B N, width)``; times ``scale (B N,)`` and
         ``compat (width,)``; ``add``: to what ``out`` holds."""
         width = z.shape[1]
@@ -395,11 +407,10 @@ class Lattice:
         """``x (V, N)``, float32, of one image -> :math:`(V, N)`: splat, blur, slice."""
         if x.dtype != torch.float32:
             raise TypeError(f"Lattice.filter: the triton backend computes in float32, got {x.dtype}")
-        V, N = x.shape
+        V = len(x)
         if V == 0:
             return torch.empty_like(x)
-        rows = x.new_zeros((N, row_width(V)))
-        rows[:, :V] = x.mT
+        rows = to_rows(x[None], 0.0)
         out = torch.empty_like(rows)
         self.slice(self.blurred(rows, reverse=reverse), out)
         return out[:, :V].mT.contiguous()

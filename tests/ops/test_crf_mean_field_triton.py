@@ -1,7 +1,7 @@
-"""The Triton backend of crf_mean_field and Lattice: in the interpreter on tiny problems, compiled for GPUs, and on a GPU.
+"""The Triton backend of crf_mean_field and Lattice: tiny problems in the interpreter, compilation, a GPU if any.
 
-It computes in float32, so that the float64 tests of test_crf_mean_field.py are not for it; here float32 is compared with
-the reference in float64.
+It computes in float32, so that the float64 tests of test_crf_mean_field.py are not for it; here float32 is compared
+with the reference in float64.
 """
 
 import numpy as np
@@ -26,11 +26,11 @@ def noise(B, K, H, W, device):
 class TestCrfMeanFieldTriton(OpTester):
     op = staticmethod(crf_mean_field)
     candidates = ONLY
-    small = (2, 3, 3, 4, {"gaussian": (1.5, 3), "valid": [[3, 4], [2, 3]]})
+    small = (1, 3, 2, 3, {"gaussian": None})  # the other terms have tests of their own
     cases = (
         (0, 3, 4, 5, {}),
         (2, 2, 1, 9, {"kernel": "lattice", "normalization": "before"}),
-        (1, 151, 9, 3, {"kernel": "lattice", "normalization": "none", "gaussian": (1.5, 0.3), "bilateral": (8, 30, 0.5)}),
+        (1, 151, 9, 3, {"kernel": "lattice", "normalization": "none", "gaussian": (1.5, 0.3), "bilateral": (8, 30, 1)}),
         (3, 40, 75, 50, {"valid": [[75, 50], [4, 9], [1, 1]]}),
         (1, 81, 70, 33, {"kernel": "exact"}),
     )  # fmt: skip
@@ -47,11 +47,11 @@ class TestCrfMeanFieldTriton(OpTester):
         ("case", "options"),
         [
             ((1, 1, 1, 1), {}),
-            ((1, 2, 10, 12), {"kernel": "lattice"}),
-            ((1, 21, 5, 7), {"kernel": "lattice", "gaussian": ((2, 5), 1), "normalization": "after"}),
-            ((1, 33, 1, 35), {"normalization": "before"}),
-            ((1, 3, 6, 7), {"gaussian": (1.5, MATRIX), "bilateral": (8, 40, VECTOR), "normalization": "none"}),
-            ((2, 3, 5, 4), {"kernel": "lattice", "gaussian": (2, VECTOR), "bilateral": (8, 40, MATRIX)}),
+            ((1, 2, 6, 7), {"kernel": "lattice"}),
+            ((1, 21, 3, 5), {"kernel": "lattice", "gaussian": ((2, 5), 1), "normalization": "after"}),
+            ((1, 33, 1, 17), {"normalization": "before"}),
+            ((1, 3, 5, 4), {"gaussian": (1.5, MATRIX), "bilateral": (8, 40, VECTOR), "normalization": "none"}),
+            ((2, 3, 3, 4), {"kernel": "lattice", "gaussian": (2, VECTOR), "bilateral": (8, 40, MATRIX)}),
             ((1, 3, 6, 7), {"kernel": "exact", "normalization": "before", "gaussian": None}),
             ((1, 21, 9, 8), {"kernel": "exact", "gaussian": (3, 1)}),
             ((1, 70, 4, 3), {"bilateral": None}),
@@ -72,21 +72,18 @@ class TestCrfMeanFieldTriton(OpTester):
         image = torch.from_numpy(arrays["image"]).permute(2, 0, 1)[None].to(device)
         for name, steps, options in (
             ("q_kernel_const", 2, {"gaussian": (3, 3), "bilateral": (8, 13, 10)}),
-            ("q_bil_before_t1", 1, {"gaussian": None, "bilateral": (8, 13, 10), "normalization": "before"}),
             ("q_gauss_none_t1", 1, {"gaussian": (3, 3), "bilateral": None, "normalization": "none"}),
-            ("q_compat_vector", 2, {"gaussian": (3, arrays["compat_vector"]), "bilateral": None}),
-            ("q_compat_matrix", 2, {"gaussian": (3, arrays["compat_matrix"]), "bilateral": None}),
         ):
             q = crf_mean_field(unary, image, iterations=steps, kernel="lattice", backend=backend, **options)
             np.testing.assert_allclose(q[0].cpu(), arrays[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
     @pytest.mark.parametrize("kernel", ["fast", "lattice", "exact"])
     def test_padded_images_equal_images_alone(self, device, backend, kernel):
-        unary, image = noise(3, 2, 5, 6, device)
+        unary, image = noise(3, 2, 4, 5, device)
         image = image.float()
         unary[1, :, 3:] = torch.nan  # what lies outside takes no part
         image[1, :, :, 3:] = torch.nan
-        sizes = [[5, 6], [3, 3], [0, 4]]
+        sizes = [[4, 5], [3, 3], [0, 4]]
         options = {"iterations": 1, "kernel": kernel, "gaussian": (2, 3), "bilateral": (8, 40, 5), "backend": backend}
         q = crf_mean_field(unary, image, valid=torch.tensor(sizes, device=device), **options)
         assert (q[2] == 0).all()
@@ -97,7 +94,7 @@ class TestCrfMeanFieldTriton(OpTester):
             torch.testing.assert_close(q[b : b + 1, :, :h, :w], alone)
 
     def test_the_same_input_gives_the_same_bits(self, device, backend):
-        (unary,), kwargs = self.inputs(self.small, torch.float32, device)
+        (unary,), kwargs = self.inputs((1, 2, 4, 5, {}), torch.float32, device)
         first = self.run_backward((unary,), kwargs, backend)
         torch.testing.assert_close(self.run_backward((unary,), kwargs, backend), first, rtol=0, atol=0)
 
@@ -145,7 +142,7 @@ class TestCrfMeanFieldTriton(OpTester):
             i = image.float()
             i[0, 1, 1, 2] = bad
             refused("^crf_mean_field: expected finite lattice features", i=i, bilateral=(80, 13, 10))
-        refused("fit 63 bits in the triton backend, got 8", i=image, bilateral=(0.01, 0.001, 10))
+        refused("fit 63 bits in the triton backend, got 98.1", i=image, bilateral=(0.01, 0.001, 10))
         refused("expected finite compatibilities", gaussian=(3, float("inf")))
         valid = torch.tensor([[2, 4]], device=device)
         refused(r"expected valid heights in \[0, 2\] and widths in \[0, 3\], got \[\[2, 4\]\]", valid=valid)
@@ -153,22 +150,35 @@ class TestCrfMeanFieldTriton(OpTester):
 
     def test_opcheck(self, device, backend):
         unary, image = noise(1, 3, 2, 3, device)
-        rest = (image, None, torch.full((3,), -2.0, device=device), None, [1.0] * 2, [], 1, "symmetric", "fast", backend)
+        rest = (
+            image,
+            None,
+            torch.full((3,), -2.0, device=device),
+            None,
+            [1.0] * 2,
+            [],
+            1,
+            "symmetric",
+            "fast",
+            backend,
+        )
         torch.library.opcheck(FWD, (unary, *rest))
         torch.library.opcheck(BWD, (torch.ones_like(unary), unary, *rest))
 
     def test_steps_run_in_a_cuda_graph(self, device, backend):
         if device != "cuda":
             pytest.skip("CUDA graphs are a GPU's")
-        from fastcam.kernels.crf_mean_field import _MeanField
+        from fastcam.kernels.crf_mean_field import MeanField
 
         unary, image = noise(2, 21, 60, 83, device)
         compat = torch.full((21,), -3.0, device=device)
-        field = _MeanField(unary, image, None, compat, compat, [3.0, 3.0], [80.0, 80.0, 13.0, 13.0, 13.0], "symmetric", "fast")
-        expected = field.steps(3)[-1]
+        field = MeanField(
+            unary, image, None, compat, compat, [3.0, 3.0], [80.0, 80.0, 13.0, 13.0, 13.0], "symmetric", "fast"
+        )
+        expected = field.result(3)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = field.steps(3)[-1]
+            captured = field.result(3)
         graph.replay()
         torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
@@ -220,7 +230,10 @@ class TestLatticeTriton:
         assert neighbour.shape[1] == int(arrays["M"])
         np.testing.assert_array_equal(weight, arrays["barycentric"])
         values = torch.from_numpy(arrays["values"]).to(device)
-        for actual, name in ((lattice.filter(values), "filtered"), (lattice.filter(values, reverse=True), "filtered_reverse")):
+        for actual, name in (
+            (lattice.filter(values), "filtered"),
+            (lattice.filter(values, reverse=True), "filtered_reverse"),
+        ):
             np.testing.assert_allclose(actual.cpu(), arrays[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
     def test_reverse_order_is_the_adjoint_and_gives_the_gradient(self, device, backend):
@@ -246,60 +259,56 @@ class TestLatticeTriton:
             Lattice(torch.rand(16, 5, device=device), backend=backend)
         with pytest.raises(ValueError, match=r"^Lattice: .* fit 63 bits in the triton backend, got "):
             Lattice(1000 * torch.randn(7, 50, device=device), backend=backend)
-        with pytest.raises(TypeError, match="the triton backend computes in float32, got torch.float64"):
+        with pytest.raises(TypeError, match=r"the triton backend computes in float32, got torch\.float64"):
             Lattice(torch.rand(2, 5, device=device), backend=backend).filter(torch.rand(1, 5, device=device).double())
-        assert Lattice(torch.rand(2, 5, device=device), backend=backend).filter(torch.rand(0, 5, device=device)).shape == (0, 5)
+        assert Lattice(torch.rand(2, 5, device=device), backend=backend).filter(
+            torch.rand(0, 5, device=device)
+        ).shape == (0, 5)
 
 
-LATTICE_POINTERS = {
-    "feature_ptr": "*fp32", "inside_ptr": "*i1", "range_ptr": "*fp32", "points_ptr": "*i64", "layout_ptr": "*i64",
-    "key_ptr": "*i64", "weight_ptr": "*fp32", "start_ptr": "*i64", "order_ptr": "*i64", "count_ptr": "*i64",
-    "vertex_ptr": "*i32", "pair_row_ptr": "*i32", "pair_weight_ptr": "*fp32", "unique_ptr": "*i64",
-    "vertex_first_ptr": "*i32", "part_first_ptr": "*i32", "neighbour_ptr": "*i32", "x_ptr": "*fp32", "first_ptr": "*i32",
-    "out_ptr": "*fp32", "z_ptr": "*fp32", "scale_ptr": "*fp32", "compat_ptr": "*fp32", "message_ptr": "*fp32",
-    "before_ptr": "*fp32", "after_ptr": "*fp32", "bad_ptr": "*i32", "q_ptr": "*fp32", "energy_ptr": "*fp32",
-    "total_ptr": "*fp32", "alpha": "fp32", "sigma": "fp32",
-}  # fmt: skip
+TYPES = {"alpha": "fp32", "sigma": "fp32"}  # of arguments; pointers are to float32, numbers are 32-bit integers else
+for types, names in (
+    ("*i1", "inside"),
+    ("*i32", "vertex pair_row vertex_first part_first first neighbour bad"),
+    ("*i64", "points layout key start order count unique"),
+):
+    TYPES |= {f"{name}_ptr": types for name in names.split()}
 
 
-def compiles(kernel, constants, types=(), **options):
-    """All sizes are 32-bit integers; ``types`` are those of pointers that depend on the caller's dtype."""
-    known = {**LATTICE_POINTERS, **dict(types)}
-    signature = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constants}
+def compiles(kernel, constants, **options):
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
     compile_for_gpus(kernel, signature, constants, **options)
 
 
-@pytest.mark.parametrize("d", [2, 5])
-def test_kernels_of_the_lattice_compile_for_several_gpu_generations(d):
+def test_kernels_of_the_lattice_compile_for_several_gpu_generations():
     k = pytest.importorskip("fastcam.kernels.lattice")
-    search = {"D": d, "SCALES": k.scales(d), "BLOCK": k.POINTS}
     pairs = {"NO_KEY": k.NO_KEY, "PART": k.PART, "BLOCK": k.POINTS}
+    for d in (2, 5):
+        search = {"D": d, "SCALES": k.scales(d), "BLOCK": k.POINTS}
+        compiles(k._lattice_search_kernel, {"NO_KEY": k.NO_KEY, **search}, **k.EXACT)
     compiles(k._lattice_range_kernel, {"LIMIT": k.COORDINATE_LIMIT, **search}, **k.EXACT)
-    compiles(k._lattice_search_kernel, {"NO_KEY": k.NO_KEY, **search}, **k.EXACT)
     compiles(k._lattice_starts_kernel, pairs)
     compiles(k._lattice_number_kernel, {**pairs, "CORNERS": d + 1})
     compiles(k._lattice_neighbours_kernel, {"D": d, "BLOCK": k.POINTS})
-    for width in (1, 24) if d == 5 else (2, 152):
-        size = {"WIDTH": width, **k.blocks(width, most=64)}
-        for gather in (False, True):
-            compiles(k._lattice_sum_kernel, {"GATHER": gather, **size})
-        compiles(k._lattice_blur_kernel, size)
-        compiles(k._lattice_slice_kernel, {"SCALED": True, "ADD": True, "CORNERS": d + 1, **size})
+    size = {"WIDTH": 24, **k.blocks(24, most=64)}
+    compiles(k._lattice_sum_kernel, {"GATHER": True, "WIDTH": 1, **k.blocks(1)})
+    compiles(k._lattice_sum_kernel, {"GATHER": True, **size})
+    compiles(k._lattice_sum_kernel, {"GATHER": False, **size})
+    compiles(k._lattice_blur_kernel, size)
+    compiles(k._lattice_slice_kernel, {"SCALED": True, "ADD": True, "CORNERS": d + 1, **size})
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("fp32", 24), ("fp16", 1), ("bf16", 152)])
-def test_kernels_of_the_mean_field_compile_for_several_gpu_generations(dtype, width):
+@pytest.mark.parametrize("width", [24, 152])
+def test_kernels_of_the_mean_field_compile_for_several_gpu_generations(width):
     k = pytest.importorskip("fastcam.kernels.crf_mean_field")
-    size = {"WIDTH": width, **k.blocks(width)}
-    heard = {"MESSAGE": True, "CORNERS": 6, **size}
-    planes = {"unary_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    compiles(k._crf_update_kernel, {"PLANES": True, **heard}, planes)
-    compiles(k._crf_update_kernel, {"PLANES": False, **heard}, {**planes, "out_ptr": "*fp32"})
-    compiles(k._crf_gradient_kernel, {"FIRST": False, "LAST": True, "grad_ptr": None, **heard}, planes)
-    compiles(k._crf_gradient_kernel, {"FIRST": True, "LAST": False, "out_ptr": None, **heard}, planes)
-    down = {"ENTER": True, "SCALED": False, "after_ptr": None, "compat_ptr": None, "ADD": False, "WIDTH": width}
-    along = {"ENTER": False, "SCALED": True, "before_ptr": None, "ADD": True, "WIDTH": width}
-    compiles(k._crf_spatial_kernel, {**down, **k.SPATIAL})
-    compiles(k._crf_spatial_kernel, {**along, **k.SPATIAL, "BLOCK_C": k._dot_block(width)})
-    exact = {"D": 5, "WIDTH": width, "BLOCK_K": k._dot_block(width), **k.EXACT}
-    compiles(k._crf_exact_kernel, {"SCALED": True, "ADD": True, **exact})
+    heard = {"MESSAGE": True, "CORNERS": 6, "WIDTH": width, **k.blocks(width)}
+    compiles(k._crf_update_kernel, heard)
+    compiles(k._crf_gradient_kernel, heard)
+    if width == 24:
+        down = {"ENTER": True, "SCALED": False, "after_ptr": None, "compat_ptr": None, "ADD": False, "WIDTH": width}
+        along = {"ENTER": False, "SCALED": True, "before_ptr": None, "ADD": True, "WIDTH": width}
+        compiles(k._crf_spatial_kernel, {**down, **k.SPATIAL})
+        compiles(k._crf_spatial_kernel, {**along, **k.SPATIAL, "BLOCK_C": k._dot_block(width)})
+        exact = {"D": 5, "WIDTH": width, "BLOCK_K": k._dot_block(width), **k.EXACT}
+        compiles(k._crf_exact_kernel, {"SCALED": True, "ADD": True, **exact})
