@@ -77,7 +77,7 @@ def gpu_cases() -> CaseIterator:
                     "fastcam, no steps": lambda r=run: r(0, "triton"),
                     "fastcam, steps alone": alone,
                     "fastcam, steps alone, CUDA graph": replay,
-                    "reference, lattice included": lambda r=run, s=steps: r(s, "reference"),
+                    **({"reference, lattice included": lambda r=run, s=steps: r(s, "reference")} if B == 1 else {}),
                 },
                 expected=lambda r=run, s=steps: r(s, "reference"),
                 moved=B * H * W * (4 * 2 * K + 3),
@@ -94,8 +94,9 @@ def gpu_steps(
     from fastcam.kernels.crf_mean_field import MeanField
 
     compats = [torch.full((unary.shape[1],), -float(c), device=unary.device) for c in (gaussian[-1], bilateral[-1])]
-    sigmas = [float(gaussian[0])] * 2, [float(bilateral[0])] * 2 + [float(bilateral[1])] * 3
-    field = MeanField(unary, image, None, *compats, *sigmas, "symmetric", kernel)
+    (sxy, _), (sxy_bilateral, srgb, _) = gaussian, bilateral
+    sigmas = [float(sxy)] * 2, [float(sxy_bilateral)] * 2 + [float(srgb)] * 3
+    field = MeanField(unary, image, None, compats[0], compats[1], sigmas[0], sigmas[1], "symmetric", kernel)
     field.result(steps)  # compiles the kernels, which cannot be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
