@@ -360,18 +360,20 @@ class MeanField:
     def check(self) -> None:
         """The one synchronisation after the build: refuse what the kernels met."""
         H, W = self.shape[2:]
-        flags = {
-            "expected unary without NaN and -inf, with a finite energy at every pixel, and messages that do not "
-            "overflow": self.bad[0] == 0
-        }
-        if self.valid is not None:
-            fits = (self.valid >= 0) & (self.valid <= self.valid.new_tensor([H, W]))
-            flags[f"expected valid heights in [0, {H}] and widths in [0, {W}], got {self.valid.tolist()}"] = fits.all()
-        for compat in self.compats:
-            flags["expected finite compatibilities"] = compat.isfinite().all()
-        for message, good in reversed(list(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True))):
-            if not good:
-                raise ValueError(f"crf_mean_field: {message}")
+        valid, finite = self.valid, [compat.isfinite().all() for compat in self.compats]
+        fits = [] if valid is None else [((valid >= 0) & (valid <= valid.new_tensor([H, W]))).all()]
+        distributions, *rest = torch.stack([self.bad[0] == 0, *fits, *finite]).tolist()
+        if not all(rest[len(fits) :]):
+            raise ValueError("crf_mean_field: expected finite compatibilities")
+        if valid is not None and not rest[0]:
+            raise ValueError(
+                f"crf_mean_field: expected valid heights in [0, {H}] and widths in [0, {W}], got {valid.tolist()}"
+            )
+        if not distributions:
+            raise ValueError(
+                "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and "
+                "messages that do not overflow"
+            )
 
     def _hear(self, x: Tensor | None, adjoint: bool) -> dict[str, Any]:
         """Arguments of a kernel for the messages of rows ``x``; a lattice of the last term is left for it to slice."""
@@ -433,9 +435,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """With dE the gradient of the energies of a step and Q what the step before gave: the gradient of a compatibility
     is the sum over pixels of dE times K Q, which is K^T dE times Q."""
-    of_gaussian, of_bilateral = (
-        None if c is None else torch.zeros_like(c) for c in (gaussian_compat, bilateral_compat)
-    )
+    compats = gaussian_compat, bilateral_compat
+    of_gaussian, of_bilateral = (None if c is None else torch.zeros_like(c) for c in compats)
     if unary.numel() == 0:
         return unary.new_empty(unary.shape), of_gaussian, of_bilateral
     field = MeanField(

@@ -335,11 +335,12 @@ class Lattice:
         )
         M, parts, low, width = known.tolist()  # the one synchronisation
         self._check(low, width)
-        self.vertices, self._parts = int(M), int(parts)
+        # Without any point, one vertex without pairs: points that take no part read the first, with weight 0.
+        self.vertices, self._parts = max(1, int(M)), int(parts)
         self.vertex = torch.empty((B * N, corners), dtype=torch.int32, device=points.device)
         self._pair_row = torch.empty(pairs, dtype=torch.int32, device=points.device)
         self._pair_weight = points.new_empty(pairs)
-        unique = key.new_empty(self.vertices)
+        unique = key.new_zeros(self.vertices)
         self._vertex_first = self.vertex.new_full((self.vertices + 1,), self._parts)
         self._part_first = self.vertex.new_full((self._parts + 1,), pairs)
         _lattice_number_kernel[grid](

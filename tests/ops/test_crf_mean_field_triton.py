@@ -93,6 +93,13 @@ class TestCrfMeanFieldTriton(OpTester):
             alone = crf_mean_field(unary[b : b + 1, :, :h, :w], image[b : b + 1, :, :h, :w], **options)
             torch.testing.assert_close(q[b : b + 1, :, :h, :w], alone)
 
+    @pytest.mark.parametrize("kernel", ["fast", "lattice", "exact"])
+    def test_a_batch_of_images_without_pixels_gives_zeros(self, device, backend, kernel):
+        unary, image = noise(2, 3, 2, 3, device)
+        valid = torch.zeros((2, 2), dtype=torch.int64, device=device)
+        q = crf_mean_field(unary, image, iterations=1, kernel=kernel, valid=valid, backend=backend)
+        torch.testing.assert_close(q, torch.zeros_like(q))
+
     def test_the_same_input_gives_the_same_bits(self, device, backend):
         (unary,), kwargs = self.inputs((1, 2, 4, 5, {}), torch.float32, device)
         first = self.run_backward((unary,), kwargs, backend)
