@@ -289,7 +289,7 @@ class Lattice:
 
     Args:
         features: :math:`(d, N)`, or :math:`(B, d, N)`.
-        inside: bool :math:`(B, N)`, the points that take part; ``None`` for all. Others may hold anything finite.
+        inside: bool :math:`(B, N)`, the points that take part; ``None`` for all. Others may hold anything.
 
     Attributes:
         vertex: int32 :math:`(B N, d + 1)`, the vertices of each point's simplex.
