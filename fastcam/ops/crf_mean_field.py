@@ -29,7 +29,7 @@ def _fake_bwd(grad: Tensor, compat_grad: bool, unary: Tensor, *rest: Any) -> tup
 
 
 BWD = op(f"crf_mean_field_bwd(Tensor grad, bool compat_grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", fake=_fake_bwd)
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 KERNELS = ("fast", "lattice", "exact")
 
@@ -96,7 +96,7 @@ def crf_mean_field(
             ``"exact"``: true Gaussian sums, in time proportional to :math:`N^2`.
         valid: int64 :math:`(B, 2)`, true heights and widths of images padded to one size. Pixels outside take no part
             and are 0 in the result.
-        backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
         Q in the shape and dtype of ``unary``; sums are taken in float32.
@@ -218,7 +218,7 @@ class Lattice:
     Args:
         features: :math:`(d, N)`, or :math:`(B, d, N)` for a lattice an image, floating, divided by their standard
             deviations. Not differentiable.
-        backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or ``None`` to choose.
 
     Raises:
         ValueError: wrong shape; features that are not finite, or so large that float32 cannot place them in the

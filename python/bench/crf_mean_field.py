@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,8 +47,73 @@ def problem(H: int, W: int, K: int) -> tuple[Tensor, Tensor]:
     return unary_from_softmax(p), image
 
 
+GPU_CASES = (  # B, H, W, K, steps, kernel
+    (1, 375, 500, 21, 10, "fast"),
+    (16, 375, 500, 21, 10, "fast"),
+    (32, 375, 500, 21, 10, "fast"),
+    (32, 375, 500, 21, 10, "lattice"),
+    (8, 480, 640, 81, 10, "fast"),
+    (1, 375, 500, 21, 1, "exact"),
+)
+
+
+def gpu_cases() -> CaseIterator:
+    """The Triton backend on batches: all of it, and lattices, steps, and steps replayed as a CUDA graph apart."""
+    for B, H, W, K, steps, kernel in GPU_CASES:
+        one_unary, one_image = problem(H, W, K)
+        shifts = range(0, 16 * B, 16)
+        unary, image = (torch.cat([t.roll(s, -1) for s in shifts]).cuda() for t in (one_unary, one_image))
+        for name, (gaussian, bilateral) in SETTINGS.items():
+            options = {"gaussian": gaussian, "bilateral": bilateral, "kernel": kernel}
+
+            def run(steps: int, backend: str, u: Tensor = unary, i: Tensor = image, o: dict = options) -> Tensor:
+                return crf_mean_field(u, i, iterations=steps, backend=backend, **o)
+
+            alone, replay = gpu_steps(unary, image, gaussian, bilateral, kernel, steps)
+            yield Case(
+                name=f"{B} of {W} x {H}, K {K}, {name}, kernel {kernel}, {steps} step{'s' if steps > 1 else ''}",
+                runners={
+                    "fastcam, lattice included": lambda r=run, s=steps: r(s, "triton"),
+                    "fastcam, no steps": lambda r=run: r(0, "triton"),
+                    "fastcam, steps alone": alone,
+                    "fastcam, steps alone, CUDA graph": replay,
+                    **({"reference, lattice included": lambda r=run, s=steps: r(s, "reference")} if B == 1 else {}),
+                },
+                expected=lambda r=run, s=steps: r(s, "reference"),
+                moved=B * H * W * (4 * 2 * K + 3),
+                operations=B * H * W * K * steps * 2 * (H * W if kernel == "exact" else 6 + 6 + 2 * 27),
+                tolerance=1e-3,
+                unchecked={"fastcam, no steps": "builds the lattice and takes one softmax: another result"},
+            )
+
+
+def gpu_steps(
+    unary: Tensor, image: Tensor, gaussian: tuple, bilateral: tuple, kernel: str, steps: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Steps on lattices that are already built, launched one by one and as one CUDA graph."""
+    from fastcam.kernels.crf_mean_field import MeanField
+
+    compats = [torch.full((unary.shape[1],), -float(c), device=unary.device) for c in (gaussian[-1], bilateral[-1])]
+    (sxy, _), (sxy_bilateral, srgb, _) = gaussian, bilateral
+    sigmas = [float(sxy)] * 2, [float(sxy_bilateral)] * 2 + [float(srgb)] * 3
+    field = MeanField(unary, image, None, compats[0], compats[1], sigmas[0], sigmas[1], "symmetric", kernel)
+    field.result(steps)  # compiles the kernels, which cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = field.result(steps)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return lambda: field.result(steps), replay
+
+
 def cases(device: str) -> CaseIterator:
     """VOC, COCO and Cityscapes sizes, lattice included; ten steps, and none but the lattice (one step)."""
+    if device == "cuda":
+        yield from gpu_cases()
+        return
     for H, W, K in SIZES:
         unary, image = problem(H, W, K)
         for name, (gaussian, bilateral) in SETTINGS.items():
