@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from fastcam.reference.crf_mean_field import check_compats, problems_per_image, 
 
 _NORMALIZATIONS = ("symmetric", "before", "after", "none")  # in the order of the enumerations in crf_mean_field.cpp
 _KERNELS = ("fast", "lattice", "exact")
+MAX_POINTS = 2**30 // 6 - 1  # vertices of five features, and copies of them, have 32-bit numbers
 
 
 class Lattice:
@@ -75,6 +77,7 @@ def _arguments(
     """What the C++ functions take, and room for a result like ``unary``."""
     work = torch.promote_types(unary.dtype, torch.float32)
     problems, K, H, W = unary.shape
+    _check_memory(K, H, W, work)
     G = problems_per_image(unary, image, valid)
     B = problems // G
     u = unary.to(work).contiguous()
@@ -94,6 +97,17 @@ def _arguments(
     )  # fmt: skip
     alive = u, rgb, gaussian, bilateral, sizes, sigma
     return _Arguments(before_out, after_out, alive), torch.empty((problems, K, H, W), dtype=work)
+
+
+def _check_memory(K: int, H: int, W: int, work: torch.dtype) -> None:
+    """Refuses an image that cannot be done here: Linux would let the memory be asked for, and kill the process later."""
+    needed = H * W * (200 + 5 * (K + 3) * work.itemsize)  # lattice and its construction; energies, Q, two arrays each
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if H * W > MAX_POINTS or needed > installed:
+        raise ValueError(
+            f"crf_mean_field: an image of {H} x {W} with {K} labels needs about {needed / 1e9:.0f} GB (this machine has "
+            f"{installed / 1e9:.0f}) and at most {MAX_POINTS:,} pixels; cut it into overlapping tiles"
+        )
 
 
 def _address(x: Tensor | None) -> int:

@@ -324,6 +324,15 @@ class TestCrfMeanField(OpTester):
         refused(r"expected valid heights in \[0, 4\] and widths in \[0, 5\]", valid=torch.tensor([[4, 5], [5, 5]]))
 
 
+def test_an_image_too_large_for_the_machine_is_refused_before_anything_is_allocated():
+    unary = torch.zeros(1).expand(1, 2, 30000, 30000)
+    image = torch.zeros(1, dtype=torch.uint8).expand(1, 3, 30000, 30000)
+    with pytest.raises(
+        ValueError, match=r"^crf_mean_field: an image of 30000 x 30000 with 2 labels needs about \d+ GB"
+    ):
+        crf_mean_field(unary, image, backend="cpp")
+
+
 class TestLattice:
     candidates = DOUBLE
 
