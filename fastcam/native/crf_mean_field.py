@@ -100,13 +100,13 @@ def _arguments(
 
 
 def _check_memory(K: int, H: int, W: int, work: torch.dtype) -> None:
-    """Refuses an image that cannot be done here: Linux would let the memory be asked for, and kill the process later."""
+    """Refuse an image that cannot be done here: Linux would grant the memory, and kill the process later."""
     needed = H * W * (200 + 5 * (K + 3) * work.itemsize)  # lattice and its construction; energies, Q, two arrays each
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if H * W > MAX_POINTS or needed > installed:
         raise ValueError(
-            f"crf_mean_field: an image of {H} x {W} with {K} labels needs about {needed / 1e9:.0f} GB (this machine has "
-            f"{installed / 1e9:.0f}) and at most {MAX_POINTS:,} pixels; cut it into overlapping tiles"
+            f"crf_mean_field: an image of {H} x {W} with {K} labels needs about {needed / 1e9:.0f} GB (this machine "
+            f"has {installed / 1e9:.0f}) and at most {MAX_POINTS:,} pixels; cut it into overlapping tiles"
         )
 
 
