@@ -382,20 +382,22 @@ class DenseCRF2D(DenseCRF):
             TypeError: not an integer.
         """
         steps = count(self._where("inference"), "niter", niter, 0)
-        by_features = {len(term.sigma): term for term in self._terms}
+        terms = {len(term.sigma): term for term in self._terms}
         normalizations = {term.normalization for term in self._terms} or {NORMALIZE_SYMMETRIC}
-        if 0 in by_features or len(by_features) < len(self._terms) or len(normalizations) > 1:
+        if 0 in terms or len(terms) < len(self._terms) or len(normalizations) > 1:
             return super().inference(niter)
-        gaussian, bilateral = by_features.get(2), by_features.get(5)
-        unary = torch.from_numpy(self._unary("inference")).view(1, -1, self._h, self._w)
+        image = gaussian = bilateral = None
+        if term := terms.get(2):
+            gaussian = term.sigma, torch.from_numpy(term.mu)
+        if term := terms.get(5):
+            image = torch.from_numpy(term.image)[None]
+            bilateral = term.sigma[:2], term.sigma[2:], torch.from_numpy(term.mu)
         Q = crf_mean_field(
-            unary,
-            None if bilateral is None else torch.from_numpy(bilateral.image)[None],
+            torch.from_numpy(self._unary("inference")).view(1, -1, self._h, self._w),
+            image,
             iterations=steps,
-            gaussian=None if gaussian is None else (gaussian.sigma, torch.from_numpy(gaussian.mu)),
-            bilateral=None
-            if bilateral is None
-            else (bilateral.sigma[:2], bilateral.sigma[2:], torch.from_numpy(bilateral.mu)),
+            gaussian=gaussian,
+            bilateral=bilateral,
             normalization=_NORMALIZATIONS[normalizations.pop()],
             kernel="lattice",
         )
@@ -404,8 +406,8 @@ class DenseCRF2D(DenseCRF):
     def _features(self, sigma: Sequence[float], image: Floats | None) -> Floats:
         """``x / sx, y / sy`` and the channels over theirs: :math:`(d, h w)`."""
         y, x = np.mgrid[: self._h, : self._w].astype(np.float32)
-        planes = np.stack([x, y, *(() if image is None else image)])
-        return (planes / np.array(sigma, np.float32)[:, None, None]).reshape(len(sigma), -1)
+        planes: Floats = np.stack([x, y, *(() if image is None else image)]).reshape(len(sigma), -1)
+        return np.divide(planes, np.array(sigma, np.float32)[:, None], out=planes)
 
 
 def _softmax(where: str, score: Floats) -> Floats:
