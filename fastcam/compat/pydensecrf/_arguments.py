@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ def numbers(where: str, name: str, given: ArrayLike, ndim: int | None = None) ->
     """An array of real numbers, with ``ndim`` axes."""
     array = np.asarray(given)
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"{where}: expected {name} an array of real numbers, got {array.dtype}")
+        raise TypeError(f"{where}: expected {name} of real numbers, got {array.dtype}")
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{where}: expected {name} with {ndim} axes, got shape {array.shape}")
     return array
@@ -42,7 +41,7 @@ def count(where: str, name: str, given: int, least: int) -> int:
 
 def sigmas(where: str, name: str, given: float | Sequence[float], n: int) -> list[float]:
     """``n`` positive numbers from one or from ``n``."""
-    values = [float(given)] * n if isinstance(given, Real) else [float(s) for s in given]  # type: ignore[union-attr]
-    if len(values) != n or not all(0 < s < float("inf") for s in values):
+    values = numbers(where, name, given).astype(np.float64)
+    if values.shape not in ((), (n,)) or not ((values > 0) & (values < np.inf)).all():
         raise ValueError(f"{where}: expected {name} a positive number or {n} of them, got {given}")
-    return values
+    return np.broadcast_to(values, n).tolist()

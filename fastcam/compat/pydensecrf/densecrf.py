@@ -118,7 +118,8 @@ class _Term:
         message = lattice.filter(torch.from_numpy(Q)).numpy()
         if self.normalization in (NORMALIZE_AFTER, NORMALIZE_SYMMETRIC):
             message = message * scale
-        return self.mu @ message if self.mu.ndim == 2 else self.mu[:, None] * message
+        with np.errstate(over="ignore"):  # the softmax judges it
+            return self.mu @ message if self.mu.ndim == 2 else self.mu[:, None] * message
 
 
 class DenseCRF:
