@@ -161,14 +161,8 @@ class DenseCRF:
             ValueError: a shape that does not fit; NaN, ``-inf``, or a point without a finite energy.
             TypeError: not numbers.
         """
-        where = self._where("setUnaryEnergy")
-        energy = floats(where, "u", u, 2)
-        if f is not None:
-            features = floats(where, "f", f, 2)
-            if energy.shape[1] != features.shape[0]:
-                raise ValueError(f"{where}: expected u (M, D) and f (D, N), got {energy.shape} and {features.shape}")
-            energy = energy @ features
-        self._set_energy("setUnaryEnergy", energy)
+        unary = ConstUnary(u) if f is None else LogisticUnary(u, f)
+        self._set_energy("setUnaryEnergy", unary.energy)
 
     def addPairwiseEnergy(
         self,
