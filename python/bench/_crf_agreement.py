@@ -8,6 +8,7 @@ the unaries. Labels of an image: all 21, or background and those in its mask. Ne
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ Solver = Callable[[Problem, str, int], Tensor]  # (problem, preset, steps) -> Q 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, compare, print tables, and write JSON if asked."""
+    """Parse the command line, compare, print tables, and write JSON if asked. An interrupt ends the comparison early."""
     parser = argparse.ArgumentParser(prog="python -m fastcam.bench._crf_agreement", description=__doc__)
     parser.add_argument("data", type=Path, help="folder that holds voc/ and weights/")
     parser.add_argument("--images", type=int, default=60, help="photographs of 320 pixels (default: 60)")
@@ -56,12 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     full = VOCDataset(voc / "full_resolution", voc / "full_resolution/ids.txt")
     network, _ = load_weights(args.data / WEIGHTS)
     network = {name: tensor.float() for name, tensor in network.items()}
-    agreements, distances = [], []
-    for name, data, count in (("320", photographs, args.images), ("full", full, args.full)):
-        for item in spread(data, count):
-            agreements += [{"size": name, **row} for row in agreement(item, network)]
-    for item in spread(photographs, args.small):
-        distances += distance(item, network, args.side)
+    agreements: list[dict[str, Any]] = []
+    distances: list[dict[str, Any]] = []
+    with contextlib.suppress(KeyboardInterrupt):  # what is there so far is shown
+        for name, data, count in (("320", photographs, args.images), ("full", full, args.full)):
+            for item in spread(data, count):
+                agreements += [{"size": name, **row} for row in agreement(item, network)]
+        for item in spread(photographs, args.small):
+            distances += distance(item, network, args.side)
     report: dict[str, Any] = {
         "command": f"python -m fastcam.bench._crf_agreement DATA --images {args.images} --full {args.full} "
         f"--small {args.small} --side {args.side}",
