@@ -41,7 +41,7 @@ Solver = Callable[[Problem, str, int], Tensor]  # (problem, preset, steps) -> Q 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, compare, print tables, and write JSON if asked. An interrupt ends the comparison early."""
+    """Parse the command line, compare until done or interrupted, print tables, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m fastcam.bench._crf_agreement", description=__doc__)
     parser.add_argument("data", type=Path, help="folder that holds voc/ and weights/")
     parser.add_argument("--images", type=int, default=60, help="photographs of 320 pixels (default: 60)")
