@@ -4,9 +4,12 @@ from fastcam.nn.backbone import Backbone, create_backbone
 from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import FusedCams, background_channel, fuse_views, max_normalize
 from fastcam.nn.correlation import pixel_correlation
+from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 
 __all__ = [
+    "CRF_PRESETS",
     "Backbone",
+    "DenseCRF",
     "FusedCams",
     "ImageBank",
     "background_channel",
