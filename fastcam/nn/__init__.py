@@ -2,7 +2,7 @@
 
 from fastcam.nn.backbone import Backbone, create_backbone
 from fastcam.nn.bank import ImageBank
-from fastcam.nn.cam import FusedCams, background_channel, fuse_views, max_normalize
+from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 
@@ -10,11 +10,13 @@ __all__ = [
     "CRF_PRESETS",
     "Backbone",
     "DenseCRF",
+    "Cam",
+    "CamFusion",
     "FusedCams",
+    "FusionPolicy",
     "ImageBank",
     "background_channel",
     "create_backbone",
-    "fuse_views",
     "max_normalize",
     "pixel_correlation",
 ]
