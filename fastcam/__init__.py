@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
     "cam_fuse": "fastcam.ops.cam_fuse",
+    "correlation_propagate": "fastcam.ops.correlation_propagate",
+    "pairwise_max": "fastcam.ops.pairwise_max",
     "prototype_similarity": "fastcam.ops.prototype_similarity",
+    "region_pool": "fastcam.ops.region_pool",
     "crf_mean_field": "fastcam.ops.crf_mean_field",
     "Lattice": "fastcam.ops.crf_mean_field",
     "use_backend": "fastcam.backends",
