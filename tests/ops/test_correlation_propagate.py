@@ -13,7 +13,6 @@ class TestCorrelationPropagate(OpTester):
     # (B, C, D, H, W, steps)
     cases = (
         (0, 3, 4, 2, 2, 1),
-        (1, 1, 1, 1, 1, 2),
         (2, 0, 3, 2, 2, 1),
         (2, 21, 33, 5, 7, 2),
         (1, 3, 70, 11, 19, 3),
@@ -68,6 +67,15 @@ class TestCorrelationPropagate(OpTester):
         out.square().sum().backward()
         assert features.grad[..., 0, 0].count_nonzero() == 0
         assert features.grad.isfinite().all()
+
+    def test_one_pixel_keeps_its_value(self, device, backend):
+        maps = torch.full((1, 2, 1, 1), 3.0, device=device, requires_grad=True)
+        features = torch.full((1, 4, 1, 1), 2.0, device=device, requires_grad=True)
+        out = correlation_propagate(maps, features, steps=2, backend=backend)
+        assert out.flatten().tolist() == pytest.approx([3.0, 3.0], rel=1e-4)
+        out.sum().backward()
+        assert maps.grad.flatten().tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+        assert features.grad.abs().max() < 1e-4  # the weights are 1 up to eps, whatever the features
 
     def test_pixels_with_opposite_features_do_not_mix(self, device, backend):
         maps = torch.tensor([1.0, 2.0, 4.0], device=device).reshape(1, 1, 1, 3)

@@ -1,0 +1,106 @@
+// Matrix products on tiles that stay in the caches: what pools, similarities and correlations of features are made of.
+//
+// Their sums are the only place where a multiplication and an addition are contracted: the rate doubles, and every CPU
+// that has the instruction gives the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "vector.h"
+
+namespace fastcam {
+
+constexpr int64_t MAX_HEIGHT = 8;  // rows of the largest register block
+template <typename T>
+constexpr int64_t PANEL = 3 * Vector<T>::size;  // its columns
+template <typename T>
+constexpr int64_t TILE = 4 * PANEL<T>;  // columns that a task works on: its rows are read in pieces of 768 bytes
+constexpr int64_t DEPTH = 64;           // rows of b that stay in the first-level cache with what they are multiplied by
+
+// c[i, n] += sum_d a[d, i] b[d, n] for i < height <= MAX_HEIGHT and n < PANEL; rows of a, b and c are lda, PANEL and ldc
+// apart.
+void multiply_panel(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t height, int64_t depth);
+void multiply_panel(const double* a, int64_t lda, const double* b, double* c, int64_t ldc, int64_t height,
+                    int64_t depth);
+
+// c[i, j] += sum_n a[i, n] b[j, n] for all i < rows and j < columns.
+void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                   int64_t columns, int64_t n);
+void multiply_rows(const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc, int64_t rows,
+                   int64_t columns, int64_t n);
+
+// `columns` <= TILE columns of x (rows, columns), its rows `stride` apart -> panels (TILE / PANEL, rows, PANEL), zeros
+// where the columns end. Adds their squares to squares[n], unless that is null.
+void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to,
+               float* squares = nullptr);
+void pack_tile(const double* x, int64_t stride, int64_t rows, int64_t columns, double* to,
+               double* squares = nullptr);
+
+// Rows of the blocks that n rows are cut into: as few blocks as possible, all of one height.
+inline int64_t block_height(int64_t n) {
+  const int64_t blocks = std::max<int64_t>(1, (n + MAX_HEIGHT - 1) / MAX_HEIGHT);
+  return std::max<int64_t>(1, (n + blocks - 1) / blocks);
+}
+
+template <typename T>
+int64_t panels(int64_t columns) {
+  return (columns + PANEL<T> - 1) / PANEL<T>;
+}
+
+// Memory that is written before it is read.
+template <typename T>
+std::unique_ptr<T[]> uninitialized(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+// c (PANEL, PANEL) += a^T b for two panels (depth, PANEL).
+template <typename T>
+void multiply_panels(const T* a, const T* b, T* c, int64_t depth) {
+  for (int64_t d = 0; d < depth; d += DEPTH)
+    multiply_panel(a + d * PANEL<T>, PANEL<T>, b + d * PANEL<T>, c, PANEL<T>, PANEL<T>, std::min(DEPTH, depth - d));
+}
+
+// The left factor of products with panels: a(i, d) for i < rows and d < depth, in blocks of equal height.
+template <typename T>
+struct Blocks {
+  int64_t rows, depth, height;
+  std::vector<T> data;  // (ceil(rows / height), depth, height)
+
+  template <typename Element>
+  Blocks(int64_t rows, int64_t depth, Element a) : rows(rows), depth(depth), height(block_height(rows)) {
+    data.reserve(padded() * depth);
+    for (int64_t first = 0; first < rows; first += height)
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t i = first; i < first + height; ++i) data.push_back(i < rows ? a(i, d) : T(0));
+  }
+
+  // Rows of c that the products write.
+  int64_t padded() const { return (rows + height - 1) / height * height; }
+
+  // c (padded(), PANEL), its rows ldc apart, += columns [first, first + count) of this times b (count, PANEL).
+  void multiply(int64_t first, int64_t count, const T* b, T* c, int64_t ldc) const {
+    for (int64_t i = 0; i < rows; i += height) multiply_block(i, first, count, b, c + i * ldc, ldc);
+  }
+
+  // The same for the block of rows that begins with row i.
+  void multiply_block(int64_t i, int64_t first, int64_t count, const T* b, T* c, int64_t ldc) const {
+    multiply_panel(data.data() + (i / height * depth + first) * height, height, b, c, ldc, height, count);
+  }
+
+  // c (padded(), TILE) = this times `columns` <= TILE columns of x, read once; squares[n] = their sums of squares unless
+  // null. `packed` holds DEPTH * TILE numbers.
+  void multiply_tile(const T* x, int64_t stride, int64_t columns, T* packed, T* c, T* squares) const {
+    std::fill(c, c + padded() * TILE<T>, T(0));
+    if (squares) std::fill(squares, squares + TILE<T>, T(0));
+    for (int64_t d = 0; d < depth; d += DEPTH) {
+      const int64_t count = std::min(DEPTH, depth - d);
+      pack_tile(x + d * stride, stride, count, columns, packed, squares);
+      for (int64_t n = 0; n < columns; n += PANEL<T>) multiply(d, count, packed + n * count, c + n, TILE<T>);
+    }
+  }
+};
+
+}  // namespace fastcam
