@@ -86,7 +86,7 @@ struct Affinity {
   int64_t B, D, N, count;
   int threads;
   const Loops<T>& loops;
-  std::unique_ptr<T[]> g, norm;
+  std::unique_ptr<T[], Release> g, norm;
 
   Affinity(const T* f, int64_t B, int64_t D, int64_t N, T eps, int threads, const Loops<T>& loops)
       : B(B), D(D), N(N), count(panels<T>(N)), threads(threads), loops(loops) {
@@ -109,24 +109,43 @@ struct Affinity {
     loops.relu(R);
   }
 
-  // x (B, rows, N) R, column by panel of columns: done(j, sums (rows, PANEL)) with panel j counted over all images. With
-  // `ones`, a last row holds the column sums of R.
+  // x (B, rows, N) R: done(j, sums, stride) for every panel of columns j, counted over all images, sums (rows, PANEL)
+  // with rows `stride` apart. With `ones`, a last row holds the column sums of R. R is symmetric: a tile beside the
+  // diagonal also serves, turned, for the one on its other side. TASKS tasks take rows of tiles, long ones and short ones
+  // alike, and add up what they find by themselves, so that the order of a sum does not depend on the threads.
   template <typename Done>
   void multiply(const T* x, int64_t rows, bool ones, Done done) const {
-    std::vector<Blocks<T>> blocks;
-    for (int64_t b = 0; b < B; ++b)
-      blocks.emplace_back(rows + ones, N, [&](int64_t k, int64_t n) { return k < rows ? x[(b * rows + k) * N + n] : 1; });
-    parallel_for(B * count, 1, threads, [&](int64_t j, int64_t) {
-      const int64_t first = j / count * count;
-      const Blocks<T>& a = blocks[j / count];
-      std::vector<T> sums(a.padded() * PANEL<T>);
-      T R[PANEL<T> * PANEL<T>];
-      for (int64_t i = 0; i < count; ++i) {
-        tile(first + i, j, R);
-        a.multiply(i * PANEL<T>, columns(i), R, sums.data(), PANEL<T>);
-      }
-      done(j, sums.data());
-    });
+    constexpr int64_t P = PANEL<T>, TASKS = 16;
+    const int64_t tasks = std::min(TASKS, (count + 1) / 2), stride = count * P;
+    for (int64_t b = 0; b < B; ++b) {
+      const Blocks<T> a(rows + ones, N, [&](int64_t k, int64_t n) { return k < rows ? x[(b * rows + k) * N + n] : 1; });
+      const int64_t size = a.padded() * stride;
+      const auto sums = uninitialized<T>(tasks * size);
+      parallel_for(tasks, 1, threads, [&](int64_t task, int64_t) {
+        T* own = sums.get() + task * size;
+        std::fill(own, own + size, T(0));
+        alignas(64) T R[P * P], turned[P * P];
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t turn = i % (2 * tasks);
+          if (std::min(turn, 2 * tasks - 1 - turn) != task) continue;
+          for (int64_t j = i; j < count; ++j) {
+            tile(b * count + i, b * count + j, R);
+            a.multiply(i * P, columns(i), R, own + j * P, stride);
+            if (i == j) continue;
+            for (int64_t n = 0; n < P; ++n)
+              for (int64_t m = 0; m < P; ++m) turned[n * P + m] = R[m * P + n];
+            a.multiply(j * P, columns(j), turned, own + i * P, stride);
+          }
+        }
+      });
+      parallel_for(count, 1, threads, [&](int64_t j, int64_t) {
+        T* total = sums.get() + j * P;
+        for (int64_t task = 1; task < tasks; ++task)
+          for (int64_t k = 0; k < rows + ones; ++k)
+            for (int64_t n = 0; n < P; ++n) total[k * stride + n] += total[task * size + k * stride + n];
+        done(b * count + j, total, stride);
+      });
+    }
   }
 };
 
@@ -136,11 +155,11 @@ void forward(const T* x, const T* f, T* out, T* between, T* divisor, int64_t B, 
   const Affinity<T> affinity(f, B, D, N, eps, threads, loops);
   for (int64_t t = 0; t < steps; ++t) {
     T* to = t == steps - 1 ? out : between + t * B * C * N;
-    affinity.multiply(x, C, true, [&](int64_t j, const T* sums) {
+    affinity.multiply(x, C, true, [&](int64_t j, const T* sums, int64_t stride) {
       const int64_t b = j / affinity.count, n0 = j % affinity.count * PANEL<T>;
       for (int64_t n = 0; n < affinity.columns(j); ++n) {
-        const T s = divisor[b * N + n0 + n] = sums[C * PANEL<T> + n] + eps;
-        for (int64_t c = 0; c < C; ++c) to[(b * C + c) * N + n0 + n] = sums[c * PANEL<T> + n] / s;
+        const T s = divisor[b * N + n0 + n] = sums[C * stride + n] + eps;
+        for (int64_t c = 0; c < C; ++c) to[(b * C + c) * N + n0 + n] = sums[c * stride + n] / s;
       }
     });
     x = to;
@@ -149,7 +168,7 @@ void forward(const T* x, const T* f, T* out, T* between, T* divisor, int64_t B, 
 
 // Rows of all images in panels (B, count, rows, PANEL): row(b, k) points to N numbers.
 template <typename T, typename Row>
-std::unique_ptr<T[]> pack_all(int64_t B, int64_t rows, int64_t N, int threads, Row row) {
+std::unique_ptr<T[], Release> pack_all(int64_t B, int64_t rows, int64_t N, int threads, Row row) {
   const int64_t count = panels<T>(N);
   auto to = uninitialized<T>(B * count * rows * PANEL<T>);
   parallel_for(B * count, 1, threads, [&](int64_t i, int64_t) {
@@ -175,11 +194,11 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
   std::vector<T> h(steps * size);  // h_t at t - 1
   for (int64_t i = 0; i < size; ++i) h[(steps - 1) * size + i] = grad[i] / divisor[i / (C * N) * N + i % N];
   for (int64_t t = steps - 1; t > 0; --t) {
-    affinity.multiply(&h[t * size], C, false, [&](int64_t j, const T* sums) {
+    affinity.multiply(&h[t * size], C, false, [&](int64_t j, const T* sums, int64_t stride) {
       const int64_t b = j / count, n0 = j % count * P;
       for (int64_t c = 0; c < C; ++c)
         for (int64_t n = 0; n < affinity.columns(j); ++n)
-          h[(t - 1) * size + (b * C + c) * N + n0 + n] = sums[c * P + n] / divisor[b * N + n0 + n];
+          h[(t - 1) * size + (b * C + c) * N + n0 + n] = sums[c * stride + n] / divisor[b * N + n0 + n];
     });
   }
   const std::vector<T> ones(N, T(1));
@@ -207,7 +226,7 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
   parallel_for(B * count, 1, threads, [&](int64_t j, int64_t) {
     const int64_t b = j / count, n0 = j % count * P, columns = affinity.columns(j);
     std::vector<T> sums(first[b].padded() * P), g(D * P);
-    T R[P * P], E[P * P];
+    alignas(64) T R[P * P], E[P * P];
     for (int64_t i = b * count; i < (b + 1) * count; ++i) {
       const int64_t m0 = i % count * P;
       affinity.tile(i, j, R);

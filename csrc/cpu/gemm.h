@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "vector.h"
@@ -50,10 +51,13 @@ int64_t panels(int64_t columns) {
   return (columns + PANEL<T> - 1) / PANEL<T>;
 }
 
-// Memory that is written before it is read.
+// Memory that is written before it is read, and begins with a cache line.
+struct Release {
+  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
 template <typename T>
-std::unique_ptr<T[]> uninitialized(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
+std::unique_ptr<T[], Release> uninitialized(int64_t n) {
+  return std::unique_ptr<T[], Release>(static_cast<T*>(::operator new[](n * sizeof(T), std::align_val_t(64))));
 }
 
 // c (PANEL, PANEL) += a^T b for two panels (depth, PANEL).
@@ -82,12 +86,24 @@ struct Blocks {
 
   // c (padded(), PANEL), its rows ldc apart, += columns [first, first + count) of this times b (count, PANEL).
   void multiply(int64_t first, int64_t count, const T* b, T* c, int64_t ldc) const {
-    for (int64_t i = 0; i < rows; i += height) multiply_block(i, first, count, b, c + i * ldc, ldc);
+    for (int64_t i = 0; i < rows; i += height)
+      multiply_panel(data.data() + (i / height * depth + first) * height, height, b, c + i * ldc, ldc, height, count);
   }
 
-  // The same for the block of rows that begins with row i.
-  void multiply_block(int64_t i, int64_t first, int64_t count, const T* b, T* c, int64_t ldc) const {
-    multiply_panel(data.data() + (i / height * depth + first) * height, height, b, c, ldc, height, count);
+
+  // c (min(height, rows - i), columns), its rows ldc apart, = rows i and on of this, i a multiple of height, times the
+  // panels b (ceil(columns / PANEL), depth, PANEL).
+  void multiply_row(int64_t i, const T* b, T* c, int64_t ldc, int64_t columns) const {
+    const T* a = data.data() + i * depth;
+    const int64_t used = std::min(height, rows - i);
+    T edge[MAX_HEIGHT * PANEL<T>];
+    for (int64_t n = 0; n < columns; n += PANEL<T>, b += depth * PANEL<T>) {
+      const int64_t width = std::min(PANEL<T>, columns - n);
+      const bool whole = width == PANEL<T>;
+      for (int64_t j = 0; j < used; ++j) std::fill_n(whole ? c + j * ldc + n : edge + j * PANEL<T>, PANEL<T>, T(0));
+      multiply_panel(a, height, b, whole ? c + n : edge, whole ? ldc : PANEL<T>, used, depth);
+      for (int64_t j = 0; !whole && j < used; ++j) std::copy_n(edge + j * PANEL<T>, width, c + j * ldc + n);
+    }
   }
 
   // c (padded(), TILE) = this times `columns` <= TILE columns of x, read once; squares[n] = their sums of squares unless

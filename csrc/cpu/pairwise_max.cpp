@@ -68,7 +68,8 @@ void forward(const T* query, const T* support, const bool* mask, T* value, int64
     });
     parallel_for(panels<T>(N), 1, threads, [&](int64_t i, int64_t) {
       const int64_t columns = std::min(P, N - i * P);
-      T products[P * P], q_norm[P], best[P];
+      alignas(64) T products[P * P];
+      T q_norm[P], best[P];
       Place place[P];
       const auto q = uninitialized<T>(D * P);
       pack_tile(query + b * D * N + i * P, N, D, columns, q.get());

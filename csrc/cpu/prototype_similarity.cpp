@@ -74,20 +74,18 @@ FASTCAM_MULTIVERSION void weigh_f64(const double* grad, const double* out, const
   weigh(grad, out, r, weights, radial, count, N, K, relu, eps);
 }
 
-// grad_x (rows, N) = sums (rows, TILE) - x radial for `count` pixels.
+// grad_x (rows, N) -= x radial.
 template <typename T>
-FASTCAM_INLINE void subtract(const T* sums, const T* x, const T* radial, T* grad_x, int64_t rows, int64_t count,
-                             int64_t N) {
+FASTCAM_INLINE void subtract(const T* x, const T* radial, T* grad_x, int64_t rows, int64_t N) {
   for (int64_t d = 0; d < rows; ++d)
-    for (int64_t n = 0; n < count; ++n) grad_x[d * N + n] = sums[d * TILE<T> + n] - x[d * N + n] * radial[n];
+    for (int64_t n = 0; n < N; ++n) grad_x[d * N + n] -= x[d * N + n] * radial[n];
 }
-FASTCAM_MULTIVERSION void subtract_f32(const float* sums, const float* x, const float* radial, float* grad_x,
-                                       int64_t rows, int64_t count, int64_t N) {
-  subtract(sums, x, radial, grad_x, rows, count, N);
+FASTCAM_MULTIVERSION void subtract_f32(const float* x, const float* radial, float* grad_x, int64_t rows, int64_t N) {
+  subtract(x, radial, grad_x, rows, N);
 }
-FASTCAM_MULTIVERSION void subtract_f64(const double* sums, const double* x, const double* radial, double* grad_x,
-                                       int64_t rows, int64_t count, int64_t N) {
-  subtract(sums, x, radial, grad_x, rows, count, N);
+FASTCAM_MULTIVERSION void subtract_f64(const double* x, const double* radial, double* grad_x, int64_t rows,
+                                       int64_t N) {
+  subtract(x, radial, grad_x, rows, N);
 }
 
 template <typename T, typename Finish>
@@ -120,28 +118,26 @@ void backward(const T* grad, const T* x, const T* p, const T* out, const T* r, T
     units.emplace_back(p + i * K * D, K, D, eps);
     blocks.emplace_back(D, K, [&](int64_t d, int64_t k) { return units[i].p_hat[k * D + d]; });
   }
+  const int64_t count = panels<T>(N) * K * PANEL<T>;
+  const auto packed = uninitialized<T>(B * count), radial = uninitialized<T>(B * N);
   parallel_for(B * tiles, 1, threads, [&](int64_t i, int64_t) {
-    const int64_t b = i / tiles, n = i % tiles * TILE<T>, wide = b * D * N + n, narrow = b * K * N + n;
-    const int64_t count = std::min(TILE<T>, N - n);
-    const Blocks<T>& a = blocks[p_batched ? b : 0];
-    const auto packed = uninitialized<T>(K * TILE<T>);
-    T radial[TILE<T>], sums[MAX_HEIGHT * TILE<T>];
-    weigh(grad + narrow, out + narrow, r + b * N + n, weights + narrow, radial, count, N, K, relu, eps);
-    pack_tile(weights + narrow, N, K, count, packed.get());
-    for (int64_t d = 0; d < D; d += a.height) {
-      std::fill(sums, sums + MAX_HEIGHT * TILE<T>, T(0));
-      for (int64_t m = 0; m < count; m += PANEL<T>)
-        a.multiply_block(d, 0, K, packed.get() + m * K, sums + m, TILE<T>);
-      subtract(sums, x + wide + d * N, radial, grad_x + wide + d * N, std::min(a.height, D - d), count, N);
-    }
+    const int64_t b = i / tiles, n = i % tiles * TILE<T>, columns = std::min(TILE<T>, N - n), at = b * K * N + n;
+    weigh(grad + at, out + at, r + b * N + n, weights + at, radial.get() + b * N + n, columns, N, K, relu, eps);
+    pack_tile(weights + at, N, K, columns, packed.get() + b * count + n * K);
   });
-  // Of the unit prototypes first, in whose place grad_p then comes.
+  // Gradients of whole rows of x, and of the unit prototypes, in whose place grad_p then comes.
   std::fill(grad_p, grad_p + sets * K * D, T(0));
-  constexpr int64_t GRAIN = 48;
-  parallel_for(D, GRAIN, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = 0; b < B; ++b)
+  const int64_t height = block_height(D);
+  parallel_for(D, 4 * height, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t d = begin; d < end; d += height) {
+        const int64_t row = (b * D + d) * N;
+        blocks[p_batched ? b : 0].multiply_row(d, packed.get() + b * count, grad_x + row, N, N);
+        subtract(x + row, radial.get() + b * N, grad_x + row, std::min(height, end - d), N);
+      }
       multiply_rows(weights + b * K * N, N, x + (b * D + begin) * N, N, grad_p + (p_batched ? b * K * D : 0) + begin, D,
                     K, end - begin, N);
+    }
   });
   for (int64_t i = 0; i < sets; ++i)
     for (int64_t k = 0; k < K; ++k) {

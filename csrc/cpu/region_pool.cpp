@@ -121,28 +121,27 @@ void backward(const T* grad, const T* x, const T* w, const T* out, const T* stat
       for (int64_t k = 0; k < K; ++k)
         multiply_rows(g + k * D, D, out + (b * K + k) * D, D, &along[b * K + k], 1, 1, 1, D);
   }
+  const int64_t count = panels<T>(N) * K * PANEL<T>;
+  const auto weights = uninitialized<T>(B * count);  // what features are multiplied by, in panels
   parallel_for(B * tiles, 1, threads, [&](int64_t i, int64_t) {
-    const int64_t b = i / tiles, n = i % tiles * TILE<T>, count = std::min(TILE<T>, N - n), wide = b * D * N + n;
-    const Blocks<T>&by_region = regions[b], &by_feature = features[b];
-    const auto m = uninitialized<T>(K * count), packed = uninitialized<T>(std::max(K, DEPTH) * TILE<T>);
-    const auto sums = uninitialized<T>(by_region.padded() * TILE<T>);
-    weigh(w + b * K * N + n, stat + b * K, m.get(), K, count, N, softmax);
-    by_region.multiply_tile(x + wide, N, count, packed.get(), sums.get(), nullptr);
+    const int64_t b = i / tiles, n = i % tiles * TILE<T>, columns = std::min(TILE<T>, N - n);
+    const Blocks<T>& a = regions[b];
+    const auto m = uninitialized<T>(K * columns), packed = uninitialized<T>(DEPTH * TILE<T>);
+    const auto sums = uninitialized<T>(a.padded() * TILE<T>);
+    weigh(w + b * K * N + n, stat + b * K, m.get(), K, columns, N, softmax);
+    pack_tile(m.get(), columns, K, columns, weights.get() + b * count + n * K);
+    a.multiply_tile(x + b * D * N + n, N, columns, packed.get(), sums.get(), nullptr);
     for (int64_t k = 0; k < K; ++k) {
       T* to = grad_w + (b * K + k) * N + n;
       const T minus = along[b * K + k], factor = stat[b * K + k];
-      for (int64_t j = 0; j < count; ++j)
-        to[j] = (sums[k * TILE<T> + j] - minus) * (softmax ? m[k * count + j] : factor);
+      for (int64_t j = 0; j < columns; ++j)
+        to[j] = (sums[k * TILE<T> + j] - minus) * (softmax ? m[k * columns + j] : factor);
     }
-    pack_tile(m.get(), count, K, count, packed.get());
-    T block[MAX_HEIGHT * TILE<T>];
-    for (int64_t d = 0; d < D; d += by_feature.height) {
-      std::fill(block, block + MAX_HEIGHT * TILE<T>, T(0));
-      for (int64_t j = 0; j < count; j += PANEL<T>)
-        by_feature.multiply_block(d, 0, K, packed.get() + j * K, block + j, TILE<T>);
-      for (int64_t j = 0; j < std::min(by_feature.height, D - d); ++j)
-        std::copy(block + j * TILE<T>, block + j * TILE<T> + count, grad_x + wide + (d + j) * N);
-    }
+  });
+  const int64_t height = block_height(D), parts = (D + height - 1) / height;
+  parallel_for(B * parts, 1, threads, [&](int64_t i, int64_t) {
+    const int64_t b = i / parts, d = i % parts * height;
+    features[b].multiply_row(d, weights.get() + b * count, grad_x + (b * D + d) * N, N, N);
   });
 }
 

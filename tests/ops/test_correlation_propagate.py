@@ -126,18 +126,18 @@ def test_reference_gives_the_same_in_strips(monkeypatch):
     torch.testing.assert_close(both(), whole)
 
 
-@pytest.mark.parametrize(("dtype", "C"), [("fp32", 21), ("fp16", 1), ("bf16", 81)])
-def test_triton_kernels_compile_for_several_gpu_generations(dtype, C):
+@pytest.mark.parametrize("C", [1, 21, 81])
+def test_triton_kernels_compile_for_several_gpu_generations(C):
     kernels = pytest.importorskip("fastcam.kernels.correlation_propagate")
-    size, x = kernels.blocks(C), f"*{dtype}"
+    size = kernels.blocks(C)
     sizes = dict.fromkeys(("N", "D", "C"), "i32")
     compile_for_gpus(
         kernels._correlation_propagate_kernel,
-        {"x_ptr": "*fp32", "g_ptr": x, "divisor_ptr": "*fp32", "out_ptr": "*fp32", **sizes, "eps": "fp32"},
+        {"x_ptr": "*fp32", "g_ptr": "*fp32", "divisor_ptr": "*fp32", "out_ptr": "*fp32", **sizes, "eps": "fp32"},
         {"DIVIDE": True, **size},
     )
     compile_for_gpus(
         kernels._correlation_propagate_strip_kernel,
-        {"u_ptr": "*fp32", "v_ptr": "*fp32", "g_ptr": x, "strip_ptr": "*fp32", **sizes, "first": "i32", "width": "i32"},
+        {"u_ptr": "*fp32", "v_ptr": "*fp32", "g_ptr": "*fp32", "strip_ptr": "*fp32", **sizes, "first": "i32", "width": "i32"},
         size,
     )
