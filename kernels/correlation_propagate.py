@@ -20,9 +20,7 @@ def blocks(C: int) -> dict[str, int]:
 
 
 @triton.jit
-def _affinity(
-    g_ptr, i, j, N, D, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _affinity(g_ptr, i, j, N, D, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
     """relu(g_i . g_j) for the pixels i and j of the image whose unit features (D, N) begin at g_ptr."""
     R = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for d0 in range(0, D, BLOCK_D):

@@ -94,7 +94,7 @@ def _pairwise_max_bwd_support_kernel(
 def pairwise_max_fwd(
     query: Tensor, support: Tensor, mask: Tensor | None, cosine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Largest similarity ``(B, N)`` of ``query (B, D, N)`` over ``support (B, D, M)``, and its place, int64 ``(B, N)``."""
+    """Largest similarity ``(B, N)`` of ``query (B, D, N)`` over ``support (B, D, M)``; its place, int64 ``(B, N)``."""
     B, D, N = query.shape
     M = support.shape[2]
     value, index = query.new_empty((B, N)), torch.empty((B, N), dtype=torch.int64, device=query.device)

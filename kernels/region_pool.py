@@ -138,7 +138,9 @@ def region_pool_fwd(x: Tensor, w: Tensor, normalize: str, eps: float) -> tuple[T
     return (out if softmax else out * r[:, :, None]).to(x.dtype), r
 
 
-def region_pool_bwd(grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+def region_pool_bwd(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``w``; ``out`` and ``r`` are what the forward returned."""
     B, D, H, W = x.shape
     K, N = w.shape[1], H * W

@@ -13,7 +13,8 @@
 namespace fastcam {
 namespace {
 
-// scale[n] = 1 / (length of column n of panel (depth, PANEL) + eps), by which the panel is multiplied; norm[n] = length.
+// scale[n] = 1 / (length of column n of panel (depth, PANEL) + eps), by which the panel is multiplied; norm[n] =
+// length.
 template <typename T>
 FASTCAM_INLINE void normalize(T* panel, int64_t depth, T eps, T* norm) {
   T squares[PANEL<T>] = {}, scale[PANEL<T>];
@@ -111,14 +112,15 @@ struct Affinity {
 
   // x (B, rows, N) R: done(j, sums, stride) for every panel of columns j, counted over all images, sums (rows, PANEL)
   // with rows `stride` apart. With `ones`, a last row holds the column sums of R. R is symmetric: a tile beside the
-  // diagonal also serves, turned, for the one on its other side. TASKS tasks take rows of tiles, long ones and short ones
-  // alike, and add up what they find by themselves, so that the order of a sum does not depend on the threads.
+  // diagonal also serves, turned, for the one on its other side. TASKS tasks take rows of tiles, long ones and short
+  // ones alike, and add up what they find by themselves, so that the order of a sum does not depend on the threads.
   template <typename Done>
   void multiply(const T* x, int64_t rows, bool ones, Done done) const {
     constexpr int64_t P = PANEL<T>, TASKS = 16;
     const int64_t tasks = std::min(TASKS, (count + 1) / 2), stride = count * P;
     for (int64_t b = 0; b < B; ++b) {
-      const Blocks<T> a(rows + ones, N, [&](int64_t k, int64_t n) { return k < rows ? x[(b * rows + k) * N + n] : 1; });
+      const Blocks<T> a(rows + ones, N, threads,
+                        [&](int64_t k, int64_t n) { return k < rows ? x[(b * rows + k) * N + n] : 1; });
       const int64_t size = a.padded() * stride;
       const auto sums = uninitialized<T>(tasks * size);
       parallel_for(tasks, 1, threads, [&](int64_t task, int64_t) {
@@ -221,7 +223,7 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
   });
   std::vector<Blocks<T>> first;
   for (int64_t b = 0; b < B; ++b)
-    first.emplace_back(C, N, [&](int64_t c, int64_t n) { return h[(b * C + c) * N + n]; });
+    first.emplace_back(C, N, threads, [&](int64_t c, int64_t n) { return h[(b * C + c) * N + n]; });
 
   parallel_for(B * count, 1, threads, [&](int64_t j, int64_t) {
     const int64_t b = j / count, n0 = j % count * P, columns = affinity.columns(j);
@@ -236,8 +238,8 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
       multiply_panels(v.get() + i * rows * P, u.get() + j * rows * P, E, rows);
       loops.relu_gradient(R, E);
       for (int64_t d = 0; d < D; d += P)
-        multiply_panel(turned.get() + ((b * strips + d / P) * N + m0) * P, P, E, g.data() + d * P, P, std::min(P, D - d),
-                       affinity.columns(i));
+        multiply_panel(turned.get() + ((b * strips + d / P) * N + m0) * P, P, E, g.data() + d * P, P,
+                       std::min(P, D - d), affinity.columns(i));
     }
     loops.normalize_gradient(affinity.panel(j), affinity.norm.get() + j * P, eps, D, g.data());
     for (int64_t c = 0; c < C; ++c) std::copy_n(sums.data() + c * P, columns, grad_x + (b * C + c) * N + n0);

@@ -153,7 +153,7 @@ FASTCAM_MULTIVERSION void pack_f64(const double* x, int64_t stride, int64_t rows
 }
 
 // Both products with blocks that fit the registers of one instruction set: 24 of 32 for AVX-512, 12 of 16 elsewhere.
-#define FASTCAM_GEMM(T, NAME, TARGET, BYTES, PANEL_ROWS, ROWS, COLUMNS)                                                 \
+#define FASTCAM_GEMM(T, NAME, TARGET, BYTES, PANEL_ROWS, ROWS, COLUMNS)                                             \
   TARGET void NAME##_panel(const T* a, int64_t lda, const T* b, T* c, int64_t ldc, int64_t height, int64_t depth) { \
     all_panels<BYTES, PANEL_ROWS, 3>(a, lda, b, c, ldc, height, depth);                                             \
   }                                                                                                                 \
@@ -175,7 +175,7 @@ const int level = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_suppor
 }  // namespace
 
 #ifdef FASTCAM_GEMM_CHOICE
-#define FASTCAM_GEMM_RUN(PRODUCT, ...)                \
+#define FASTCAM_GEMM_RUN(PRODUCT, ...)                  \
   if (level == 4) return avx512_##PRODUCT(__VA_ARGS__); \
   if (level == 3) return avx2_##PRODUCT(__VA_ARGS__);   \
   plain_##PRODUCT(__VA_ARGS__)

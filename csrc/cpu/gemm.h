@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <vector>
 
+#include "parallel.h"
 #include "vector.h"
 
 namespace fastcam {
@@ -21,8 +21,8 @@ template <typename T>
 constexpr int64_t TILE = 4 * PANEL<T>;  // columns that a task works on: its rows are read in pieces of 768 bytes
 constexpr int64_t DEPTH = 64;           // rows of b that stay in the first-level cache with what they are multiplied by
 
-// c[i, n] += sum_d a[d, i] b[d, n] for i < height <= MAX_HEIGHT and n < PANEL; rows of a, b and c are lda, PANEL and ldc
-// apart.
+// c[i, n] += sum_d a[d, i] b[d, n] for i < height <= MAX_HEIGHT and n < PANEL; rows of a, b and c are lda, PANEL and
+// ldc apart.
 void multiply_panel(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t height, int64_t depth);
 void multiply_panel(const double* a, int64_t lda, const double* b, double* c, int64_t ldc, int64_t height,
                     int64_t depth);
@@ -35,10 +35,10 @@ void multiply_rows(const double* a, int64_t lda, const double* b, int64_t ldb, d
 
 // `columns` <= TILE columns of x (rows, columns), its rows `stride` apart -> panels (TILE / PANEL, rows, PANEL), zeros
 // where the columns end. Adds their squares to squares[n], unless that is null.
-void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to,
-               float* squares = nullptr);
-void pack_tile(const double* x, int64_t stride, int64_t rows, int64_t columns, double* to,
-               double* squares = nullptr);
+void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to, float* squares = nullptr);
+void pack_tile(const double* x, int64_t stride, int64_t rows, int64_t columns, double* to, double* squares = nullptr);
+
+constexpr int64_t SMALL = 1 << 16;  // numbers that one thread has gone through before another one has woken up
 
 // Rows of the blocks that n rows are cut into: as few blocks as possible, all of one height.
 inline int64_t block_height(int64_t n) {
@@ -71,14 +71,16 @@ void multiply_panels(const T* a, const T* b, T* c, int64_t depth) {
 template <typename T>
 struct Blocks {
   int64_t rows, depth, height;
-  std::vector<T> data;  // (ceil(rows / height), depth, height)
+  std::unique_ptr<T[], Release> data;  // (ceil(rows / height), depth, height)
 
   template <typename Element>
-  Blocks(int64_t rows, int64_t depth, Element a) : rows(rows), depth(depth), height(block_height(rows)) {
-    data.reserve(padded() * depth);
-    for (int64_t first = 0; first < rows; first += height)
+  Blocks(int64_t rows, int64_t depth, int threads, Element a)
+      : rows(rows), depth(depth), height(block_height(rows)), data(uninitialized<T>(padded() * depth)) {
+    parallel_for(padded() / height, 1, rows * depth < SMALL ? 1 : threads, [&](int64_t i, int64_t) {
+      T* to = data.get() + i * height * depth;
       for (int64_t d = 0; d < depth; ++d)
-        for (int64_t i = first; i < first + height; ++i) data.push_back(i < rows ? a(i, d) : T(0));
+        for (int64_t j = 0; j < height; ++j) *to++ = i * height + j < rows ? a(i * height + j, d) : T(0);
+    });
   }
 
   // Rows of c that the products write.
@@ -87,14 +89,13 @@ struct Blocks {
   // c (padded(), PANEL), its rows ldc apart, += columns [first, first + count) of this times b (count, PANEL).
   void multiply(int64_t first, int64_t count, const T* b, T* c, int64_t ldc) const {
     for (int64_t i = 0; i < rows; i += height)
-      multiply_panel(data.data() + (i / height * depth + first) * height, height, b, c + i * ldc, ldc, height, count);
+      multiply_panel(data.get() + (i / height * depth + first) * height, height, b, c + i * ldc, ldc, height, count);
   }
-
 
   // c (min(height, rows - i), columns), its rows ldc apart, = rows i and on of this, i a multiple of height, times the
   // panels b (ceil(columns / PANEL), depth, PANEL).
   void multiply_row(int64_t i, const T* b, T* c, int64_t ldc, int64_t columns) const {
-    const T* a = data.data() + i * depth;
+    const T* a = data.get() + i * depth;
     const int64_t used = std::min(height, rows - i);
     T edge[MAX_HEIGHT * PANEL<T>];
     for (int64_t n = 0; n < columns; n += PANEL<T>, b += depth * PANEL<T>) {
@@ -106,8 +107,8 @@ struct Blocks {
     }
   }
 
-  // c (padded(), TILE) = this times `columns` <= TILE columns of x, read once; squares[n] = their sums of squares unless
-  // null. `packed` holds DEPTH * TILE numbers.
+  // c (padded(), TILE) = this times `columns` <= TILE columns of x, read once; squares[n] = their sums of squares
+  // unless null. `packed` holds DEPTH * TILE numbers.
   void multiply_tile(const T* x, int64_t stride, int64_t columns, T* packed, T* c, T* squares) const {
     std::fill(c, c + padded() * TILE<T>, T(0));
     if (squares) std::fill(squares, squares + TILE<T>, T(0));

@@ -62,8 +62,7 @@ void forward(const T* query, const T* support, const bool* mask, T* value, int64
       const int64_t columns = std::min(P, count - i * P);
       T* to = packed.get() + i * D * P;
       for (int64_t d = 0; d < D; ++d)
-        for (int64_t m = 0; m < P; ++m)
-          to[d * P + m] = m < columns ? support[(b * D + d) * M + used[i * P + m]] : T(0);
+        for (int64_t m = 0; m < P; ++m) to[d * P + m] = m < columns ? support[(b * D + d) * M + used[i * P + m]] : T(0);
       norms(to, D, s_norm.get() + i * P);
     });
     parallel_for(panels<T>(N), 1, threads, [&](int64_t i, int64_t) {
@@ -111,8 +110,8 @@ void backward(const T* grad, const T* query, const T* support, const int64_t* in
               int64_t D, int64_t N, int64_t M, bool cosine, T eps, int threads, Squares add_squares) {
   constexpr int64_t GRAIN = 256;
   std::vector<T> near(N), q_radial(N), slope(N), q_norm(N), s_radial(M), s_norm(M);
-  for (int64_t b = 0; b < B; ++b, grad += N, index += N, query += D * N, support += D * M, grad_q += D * N,
-               grad_s += D * M) {
+  for (int64_t b = 0; b < B;
+       ++b, grad += N, index += N, query += D * N, support += D * M, grad_q += D * N, grad_s += D * M) {
     std::fill(s_radial.begin(), s_radial.end(), T(0));
     if (cosine) {
       parallel_for(M, GRAIN, threads, [&](int64_t begin, int64_t end) {

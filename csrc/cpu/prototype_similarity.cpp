@@ -16,14 +16,14 @@ template <typename T>
 struct Unit {
   std::vector<T> p_hat, norm;
 
-  Unit(const T* p, int64_t K, int64_t D, T eps) : p_hat(K * D), norm(K) {
-    for (int64_t k = 0; k < K; ++k) {
+  Unit(const T* p, int64_t K, int64_t D, T eps, int threads) : p_hat(K * D), norm(K) {
+    parallel_for(K, 1, K * D < SMALL ? 1 : threads, [&](int64_t k, int64_t) {
       T squares = 0;
       multiply_rows(p + k * D, D, p + k * D, D, &squares, 1, 1, 1, D);
       norm[k] = std::sqrt(squares);
       const T divisor = norm[k] < eps ? eps : norm[k];
       for (int64_t d = 0; d < D; ++d) p_hat[k * D + d] = p[k * D + d] / divisor;
-    }
+    });
   }
 };
 
@@ -83,8 +83,7 @@ FASTCAM_INLINE void subtract(const T* x, const T* radial, T* grad_x, int64_t row
 FASTCAM_MULTIVERSION void subtract_f32(const float* x, const float* radial, float* grad_x, int64_t rows, int64_t N) {
   subtract(x, radial, grad_x, rows, N);
 }
-FASTCAM_MULTIVERSION void subtract_f64(const double* x, const double* radial, double* grad_x, int64_t rows,
-                                       int64_t N) {
+FASTCAM_MULTIVERSION void subtract_f64(const double* x, const double* radial, double* grad_x, int64_t rows, int64_t N) {
   subtract(x, radial, grad_x, rows, N);
 }
 
@@ -94,8 +93,8 @@ void forward(const T* x, const T* p, T* out, T* r, int64_t B, int64_t D, int64_t
   const int64_t sets = p_batched ? B : 1, tiles = (N + TILE<T> - 1) / TILE<T>;
   std::vector<Blocks<T>> blocks;
   for (int64_t i = 0; i < sets; ++i) {
-    const Unit<T> unit(p + i * K * D, K, D, eps);
-    blocks.emplace_back(K, D, [&](int64_t k, int64_t d) { return unit.p_hat[k * D + d]; });
+    const Unit<T> unit(p + i * K * D, K, D, eps, threads);
+    blocks.emplace_back(K, D, threads, [&](int64_t k, int64_t d) { return unit.p_hat[k * D + d]; });
   }
   parallel_for(B * tiles, 1, threads, [&](int64_t i, int64_t) {
     const int64_t b = i / tiles, n = i % tiles * TILE<T>, count = std::min(TILE<T>, N - n);
@@ -115,8 +114,8 @@ void backward(const T* grad, const T* x, const T* p, const T* out, const T* r, T
   std::vector<Unit<T>> units;
   std::vector<Blocks<T>> blocks;
   for (int64_t i = 0; i < sets; ++i) {
-    units.emplace_back(p + i * K * D, K, D, eps);
-    blocks.emplace_back(D, K, [&](int64_t d, int64_t k) { return units[i].p_hat[k * D + d]; });
+    units.emplace_back(p + i * K * D, K, D, eps, threads);
+    blocks.emplace_back(D, K, threads, [&](int64_t d, int64_t k) { return units[i].p_hat[k * D + d]; });
   }
   const int64_t count = panels<T>(N) * K * PANEL<T>;
   const auto packed = uninitialized<T>(B * count), radial = uninitialized<T>(B * N);

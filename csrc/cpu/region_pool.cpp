@@ -91,7 +91,7 @@ void forward(const T* x, const T* w, T* out, T* stat, int64_t B, int64_t D, int6
   const bool softmax = divisor == BY_SOFTMAX;
   const auto m = uninitialized<T>(softmax ? B * K * N : 0);
   std::vector<T> factor(B * K);
-  parallel_for(B * K, 1, threads, [&](int64_t i, int64_t) {
+  parallel_for(B * K, 1, B * K * N < SMALL ? 1 : threads, [&](int64_t i, int64_t) {
     factor[i] = divide(w + i * N, softmax ? m.get() + i * N : nullptr, stat + i, N, divisor, eps);
   });
   const T* weights = softmax ? m.get() : w;
@@ -115,8 +115,8 @@ void backward(const T* grad, const T* x, const T* w, const T* out, const T* stat
   std::vector<T> along(B * K);  // g . out, which the divisor's gradient takes away
   for (int64_t b = 0; b < B; ++b) {
     const T* g = grad + b * K * D;
-    regions.emplace_back(K, D, [&](int64_t k, int64_t d) { return g[k * D + d]; });
-    features.emplace_back(D, K, [&](int64_t d, int64_t k) { return g[k * D + d]; });
+    regions.emplace_back(K, D, threads, [&](int64_t k, int64_t d) { return g[k * D + d]; });
+    features.emplace_back(D, K, threads, [&](int64_t d, int64_t k) { return g[k * D + d]; });
     if (softmax || divisor == BY_SUM)
       for (int64_t k = 0; k < K; ++k)
         multiply_rows(g + k * D, D, out + (b * K + k) * D, D, &along[b * K + k], 1, 1, 1, D);

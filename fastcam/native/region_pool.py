@@ -24,7 +24,9 @@ def region_pool_fwd(x: Tensor, w: Tensor, normalize: str, eps: float) -> tuple[T
     return out.to(x.dtype), r
 
 
-def region_pool_bwd(grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+def region_pool_bwd(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``w``; ``out`` and ``r`` are what the forward returned."""
     work = r.dtype
     B, D, H, W = x.shape

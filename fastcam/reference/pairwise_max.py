@@ -11,7 +11,7 @@ BLOCK_ELEMENTS = 1 << 24  # 64 MiB of float32 similarities at a time
 def pairwise_max_fwd(
     query: Tensor, support: Tensor, mask: Tensor | None, cosine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Largest similarity ``(B, N)`` of ``query (B, D, N)`` over ``support (B, D, M)``, and its place, int64 ``(B, N)``."""
+    """Largest similarity ``(B, N)`` of ``query (B, D, N)`` over ``support (B, D, M)``; its place, int64 ``(B, N)``."""
     work = torch.promote_types(query.dtype, torch.float32)
     B, _, N = query.shape
     M = support.shape[2]

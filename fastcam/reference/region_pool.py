@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def region_pool_fwd(x: Tensor, w: Tensor, normalize: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Pooled features ``(B, K, D)`` of ``x (B, D, H, W)``, and what :func:`_effective` needs of every region: ``(B, K)``.
+    """Pooled features ``(B, K, D)`` of ``x (B, D, H, W)``, and what :func:`_effective` needs: ``(B, K)``.
 
     That is the logarithm of the softmax's divisor, or the factor of the weights.
     """
@@ -23,7 +23,9 @@ def region_pool_fwd(x: Tensor, w: Tensor, normalize: str, eps: float) -> tuple[T
     return out.to(x.dtype), r
 
 
-def region_pool_bwd(grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+def region_pool_bwd(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, r: Tensor, normalize: str
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``w``.
 
     With the effective weights m: dx = sum_k m_k g_k. Where m = r w, dw = r g . x, and under "sum", whose r depends on

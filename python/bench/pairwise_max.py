@@ -27,7 +27,9 @@ def cases(device: str) -> CaseIterator:
     """The prior of 256 x 256 and of 473 x 473 images at stride 8, a quarter of the support and all of it."""
     g = torch.Generator().manual_seed(0)
     batch = 16 if device == "cuda" else 1
-    shapes = ((256, 60, 1.0), (2048, 32, 1.0), (2048, 32, 0.25)) if device == "cpu" else ((256, 60, 1.0), (256, 60, 0.25))
+    shapes = (
+        ((256, 60, 1.0), (2048, 32, 1.0), (2048, 32, 0.25)) if device == "cpu" else ((256, 60, 1.0), (256, 60, 0.25))
+    )
     for D, size, share in shapes:
         N = size * size
         q, s = (torch.randn(batch, D, N, generator=g).to(device) for _ in range(2))

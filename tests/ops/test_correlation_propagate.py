@@ -86,7 +86,10 @@ class TestCorrelationPropagate(OpTester):
     def test_nan_feature_makes_its_image_nan_and_nan_map_its_map(self, device, backend):
         maps, features = torch.ones(2, 2, 2, 2, device=device), torch.ones(2, 3, 2, 2, device=device)
         features[1, 0, 0, 0] = torch.nan
-        assert correlation_propagate(maps, features, backend=backend).isnan().flatten(1).all(1).tolist() == [False, True]
+        assert correlation_propagate(maps, features, backend=backend).isnan().flatten(1).all(1).tolist() == [
+            False,
+            True,
+        ]
         maps[0, 1, 1, 1] = torch.nan
         out = correlation_propagate(maps, features, backend=backend)[0]
         assert out.isnan().flatten(1).any(1).tolist() == out.isnan().flatten(1).all(1).tolist() == [False, True]
@@ -95,13 +98,13 @@ class TestCorrelationPropagate(OpTester):
         (maps, features), _ = self.inputs(self.small, torch.float32, device)
         torch.library.opcheck(FWD, (maps, features, 2, 1e-5, backend))
         out, between, divisor = FWD(maps, features, 2, 1e-5, backend)
-        torch.library.opcheck(
-            BWD, (torch.ones_like(out), maps, features, out, between, divisor, 2, 1e-5, backend)
-        )
+        torch.library.opcheck(BWD, (torch.ones_like(out), maps, features, out, between, divisor, 2, 1e-5, backend))
 
     def test_exceptions(self, device, backend):
         maps, features = torch.ones(1, 2, 3, 3, device=device), torch.ones(1, 4, 3, 3, device=device)
-        with pytest.raises(ValueError, match=r"^correlation_propagate: expected maps \(B, C, H, W\) .* got \(1, 2, 3, 3"):
+        with pytest.raises(
+            ValueError, match=r"^correlation_propagate: expected maps \(B, C, H, W\) .* got \(1, 2, 3, 3"
+        ):
             correlation_propagate(maps, torch.ones(1, 4, 3, 2, device=device))
         with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
             correlation_propagate(maps, features, steps=0)
@@ -138,6 +141,14 @@ def test_triton_kernels_compile_for_several_gpu_generations(C):
     )
     compile_for_gpus(
         kernels._correlation_propagate_strip_kernel,
-        {"u_ptr": "*fp32", "v_ptr": "*fp32", "g_ptr": "*fp32", "strip_ptr": "*fp32", **sizes, "first": "i32", "width": "i32"},
+        {
+            "u_ptr": "*fp32",
+            "v_ptr": "*fp32",
+            "g_ptr": "*fp32",
+            "strip_ptr": "*fp32",
+            **sizes,
+            "first": "i32",
+            "width": "i32",
+        },
         size,
     )

@@ -120,7 +120,9 @@ class TestPairwiseMax(OpTester):
 
     def test_exceptions(self, device, backend):
         q, s = torch.ones(1, 3, 2, device=device), torch.ones(1, 3, 4, device=device)
-        with pytest.raises(ValueError, match=r"^pairwise_max: expected query \(B, D, N\) .* got \(1, 3, 2\) and \(1, 4, 2"):
+        with pytest.raises(
+            ValueError, match=r"^pairwise_max: expected query \(B, D, N\) .* got \(1, 3, 2\) and \(1, 4, 2"
+        ):
             fastcam.pairwise_max(q, torch.ones(1, 4, 2, device=device))
         with pytest.raises(ValueError, match="expected metric 'cosine' or 'dot', got 'l2'"):
             fastcam.pairwise_max(q, s, metric="l2")
@@ -151,7 +153,12 @@ def test_triton_kernels_compile_for_several_gpu_generations(dtype, cosine):
     compile_for_gpus(
         kernels._pairwise_max_fwd_kernel,
         {
-            **{"q_ptr": x, "s_ptr": x, "mask_ptr": "*i8", "s_norm_ptr": "*fp32", "value_ptr": x, "index_ptr": "*i64"},
+            "q_ptr": x,
+            "s_ptr": x,
+            "mask_ptr": "*i8",
+            "s_norm_ptr": "*fp32",
+            "value_ptr": x,
+            "index_ptr": "*i64",
             **sizes,
             **strides,
             "eps": "fp32",
@@ -161,8 +168,14 @@ def test_triton_kernels_compile_for_several_gpu_generations(dtype, cosine):
     compile_for_gpus(
         kernels._pairwise_max_bwd_support_kernel,
         {
-            **{"order_ptr": "*i64", "start_ptr": "*i64", "q_ptr": x, "s_ptr": x, "to_q_ptr": "*fp32"},
-            **{"radial_ptr": "*fp32", "grad_s_ptr": x, **sizes},
+            "order_ptr": "*i64",
+            "start_ptr": "*i64",
+            "q_ptr": x,
+            "s_ptr": x,
+            "to_q_ptr": "*fp32",
+            "radial_ptr": "*fp32",
+            "grad_s_ptr": x,
+            **sizes,
         },
         {"BLOCK_D": 64},
     )

@@ -101,7 +101,9 @@ class TestRegionPool(OpTester):
 
     def test_exceptions(self, device, backend):
         x, w = torch.ones(1, 3, 2, 2, device=device), torch.ones(1, 5, 2, 2, device=device)
-        with pytest.raises(ValueError, match=r"^region_pool: expected features \(B, D, H, W\) .* got \(1, 3, 2, 2\) and"):
+        with pytest.raises(
+            ValueError, match=r"^region_pool: expected features \(B, D, H, W\) .* got \(1, 3, 2, 2\) and"
+        ):
             region_pool(x, torch.ones(1, 5, 2, 3, device=device))
         with pytest.raises(ValueError, match="expected normalize 'sum', 'softmax', 'area' or None, got 'mean'"):
             region_pool(x, w, normalize="mean")
