@@ -16,7 +16,7 @@ STRIP_ELEMENTS = 1 << 24
 
 def blocks(C: int) -> dict[str, int]:
     """Block sizes for ``C`` maps. ``tl.dot`` wants at least 16 of everything."""
-    return {"BLOCK_I": 32, "BLOCK_J": 64, "BLOCK_D": 32, "BLOCK_C": min(max(16, triton.next_power_of_2(C)), 64)}
+    return {"BLOCK_I": 32, "BLOCK_J": 64, "BLOCK_D": 32, "BLOCK_C": min(max(16, triton.next_power_of_2(C)), 32)}
 
 
 @triton.jit

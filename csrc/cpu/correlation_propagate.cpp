@@ -196,7 +196,7 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
   std::vector<T> h(steps * size);  // h_t at t - 1
   for (int64_t i = 0; i < size; ++i) h[(steps - 1) * size + i] = grad[i] / divisor[i / (C * N) * N + i % N];
   for (int64_t t = steps - 1; t > 0; --t) {
-    affinity.multiply(&h[t * size], C, false, [&](int64_t j, const T* sums, int64_t stride) {
+    affinity.multiply(h.data() + t * size, C, false, [&](int64_t j, const T* sums, int64_t stride) {
       const int64_t b = j / count, n0 = j % count * P;
       for (int64_t c = 0; c < C; ++c)
         for (int64_t n = 0; n < affinity.columns(j); ++n)
@@ -211,7 +211,7 @@ void backward(const T* grad, const T* x, const T* f, const T* out, const T* betw
     return k == steps * C ? ones.data() : maps(k / C) + (b * C + k % C) * N;
   });
   const auto v = pack_all<T>(B, rows, N, threads, [&](int64_t b, int64_t k) {
-    return k == steps * C ? &last[b * N] : &h[k / C * size + (b * C + k % C) * N];
+    return k == steps * C ? last.data() + b * N : h.data() + k / C * size + (b * C + k % C) * N;
   });
   // Features of a pixel side by side, P of them: (B, ceil(D / P), N, P), the left factor of g E.
   const int64_t strips = panels<T>(D);

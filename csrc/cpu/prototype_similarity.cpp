@@ -141,7 +141,7 @@ void backward(const T* grad, const T* x, const T* p, const T* out, const T* r, T
   for (int64_t i = 0; i < sets; ++i)
     for (int64_t k = 0; k < K; ++k) {
       T* g = grad_p + (i * K + k) * D;
-      const T *p_hat = &units[i].p_hat[k * D], norm = units[i].norm[k];
+      const T *p_hat = units[i].p_hat.data() + k * D, norm = units[i].norm[k];
       T along = 0;
       multiply_rows(g, D, p_hat, D, &along, 1, 1, 1, D);
       const T radial = norm > eps ? along : 0, divisor = norm < eps ? eps : norm;
