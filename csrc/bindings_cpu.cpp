@@ -37,9 +37,15 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "cam_fuse_bwd", cam_fuse_bwd);
   bind(m, "cam_label_fwd", cam_label_fwd);
   bind(m, "cam_sweep_fwd", cam_sweep_fwd);
+  bind(m, "correlation_propagate_fwd", correlation_propagate_fwd);
+  bind(m, "correlation_propagate_bwd", correlation_propagate_bwd);
   bind(m, "crf_mean_field_fwd", crf_mean_field_fwd);
   bind(m, "crf_mean_field_bwd", crf_mean_field_bwd);
   bind_lattice(m);
+  bind(m, "pairwise_max_fwd", pairwise_max_fwd);
+  bind(m, "pairwise_max_bwd", pairwise_max_bwd);
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
+  bind(m, "region_pool_fwd", region_pool_fwd);
+  bind(m, "region_pool_bwd", region_pool_bwd);
 }

@@ -25,6 +25,13 @@ int64_t cam_sweep_fwd(const void* scores, const int64_t* target, const void* thr
                       const bool* present, int64_t* counts, bool f64, int64_t B, int64_t n, int64_t P,
                       int64_t num_classes, int64_t T, int64_t ignore_index, int threads);
 
+// x (B, C, N), f (B, D, N), between (steps - 1, B, C, N), divisor (B, N).
+void correlation_propagate_fwd(const void* x, const void* f, void* out, void* between, void* divisor, bool f64,
+                               int64_t B, int64_t C, int64_t D, int64_t N, int64_t steps, double eps, int threads);
+void correlation_propagate_bwd(const void* grad, const void* x, const void* f, const void* out, const void* between,
+                               const void* divisor, void* grad_x, void* grad_f, bool f64, int64_t B, int64_t C,
+                               int64_t D, int64_t N, int64_t steps, double eps, int threads);
+
 // unary, out, grad (B, G, K, H, W): G problems on each image (B, 3, H, W), which may be null; sizes (B, 2); a
 // compatibility (K) or (K, K) multiplies messages, null for no such term, and its gradient is added to *_grad unless
 // that is null; sigma: sx, sy of the spatial term, then sx, sy, sr, sg, sb. normalization: symmetric, before, after,
@@ -39,10 +46,25 @@ void crf_mean_field_bwd(const void* grad, const void* unary, const void* image, 
                         int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations, int normalization,
                         int kernel, int threads);
 
-void prototype_similarity_fwd(const void* x, const void* p_hat, void* out, void* r, bool f64, int64_t B, int64_t D,
+// query (B, D, N), support (B, D, M), mask (B, M) or null, value and index (B, N); index -1: no support.
+void pairwise_max_fwd(const void* query, const void* support, const bool* mask, void* value, int64_t* index, bool f64,
+                      int64_t B, int64_t D, int64_t N, int64_t M, bool cosine, double eps, int threads);
+void pairwise_max_bwd(const void* grad, const void* query, const void* support, const int64_t* index, void* grad_q,
+                      void* grad_s, bool f64, int64_t B, int64_t D, int64_t N, int64_t M, bool cosine, double eps,
+                      int threads);
+
+// p (K, D), or (B, K, D) if p_batched; r (B, N), the reciprocal norms; weights (B, K, N) is scratch.
+void prototype_similarity_fwd(const void* x, const void* p, void* out, void* r, bool f64, int64_t B, int64_t D,
                               int64_t N, int64_t K, bool p_batched, bool relu, double eps, int threads);
-void prototype_similarity_bwd(const void* grad, const void* x, const void* p_hat, const void* out, const void* r,
-                              void* grad_x, void* weights, void* grad_p_hat, bool f64, int64_t B, int64_t D, int64_t N,
+void prototype_similarity_bwd(const void* grad, const void* x, const void* p, const void* out, const void* r,
+                              void* grad_x, void* weights, void* grad_p, bool f64, int64_t B, int64_t D, int64_t N,
                               int64_t K, bool p_batched, bool relu, double eps, int threads);
+
+// x (B, D, N), w (B, K, N), out (B, K, D); stat (B, K): the logarithm of a softmax's divisor, else a factor of w;
+// divisor: nothing, sum, area, softmax.
+void region_pool_fwd(const void* x, const void* w, void* out, void* stat, bool f64, int64_t B, int64_t D, int64_t N,
+                     int64_t K, int divisor, double eps, int threads);
+void region_pool_bwd(const void* grad, const void* x, const void* w, const void* out, const void* stat, void* grad_x,
+                     void* grad_w, bool f64, int64_t B, int64_t D, int64_t N, int64_t K, int divisor, int threads);
 
 }  // namespace fastcam

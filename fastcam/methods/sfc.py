@@ -28,6 +28,7 @@ from fastcam.nn import FusedCams, ImageBank, background_channel, create_backbone
 from fastcam.nn.optim import sgd_poly
 from fastcam.ops.cam_fuse import cam_fuse
 from fastcam.ops.prototype_similarity import prototype_similarity
+from fastcam.ops.region_pool import region_pool
 
 FAMILIES = ("classifier", "prototype", "both")
 
@@ -127,8 +128,7 @@ def class_prototypes(features: Tensor, seeds: Tensor) -> Tensor:
     The area, not the number of seeds, as the authors do: the cosine does not see the scale, and a class without seeds
     gives 0.
     """
-    area = features.shape[2] * features.shape[3]
-    return torch.einsum("bkhw,bdhw->bkd", seeds.to(features.dtype), features) / area
+    return region_pool(features, seeds.to(features.dtype), normalize="area")
 
 
 def prototype_cams(features: Tensor, maps: Tensor, valid: Tensor, background_scale: float = 0.3) -> Tensor:
