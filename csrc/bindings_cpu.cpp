@@ -37,7 +37,14 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "cam_fuse_bwd", cam_fuse_bwd);
   bind(m, "crf_mean_field_fwd", crf_mean_field_fwd);
   bind(m, "crf_mean_field_bwd", crf_mean_field_bwd);
+  bind(m, "feature_affinity_fwd", feature_affinity_fwd);
+  bind(m, "feature_affinity_bwd", feature_affinity_bwd);
   bind_lattice(m);
+  bind(m, "path_affinity_fwd", path_affinity_fwd);
+  bind(m, "path_affinity_bwd", path_affinity_bwd);
+  bind(m, "pixel_refine_fwd", pixel_refine_fwd);
+  bind(m, "pixel_refine_bwd", pixel_refine_bwd);
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
+  bind(m, "random_walk", random_walk);
 }

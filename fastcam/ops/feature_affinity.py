@@ -24,7 +24,7 @@ BWD = op(
     "feature_affinity_bwd(Tensor grad, Tensor features, Tensor out, int radius, int margin, str backend) -> Tensor",
     fake=lambda grad, features, out, radius, margin, backend: features.new_empty(features.shape),
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 
 
 class _FeatureAffinity(torch.autograd.Function):

@@ -24,7 +24,7 @@ BWD = op(
     "path_affinity_bwd(Tensor grad, Tensor edge, int radius, str backend) -> Tensor",
     fake=lambda grad, edge, radius, backend: edge.new_empty(edge.shape),
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 
 
 class _PathAffinity(torch.autograd.Function):

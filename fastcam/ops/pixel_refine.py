@@ -22,7 +22,7 @@ BWD = op(
     f"pixel_refine_bwd(Tensor grad, Tensor image, {POLICY}) -> Tensor",
     fake=lambda grad, *_: grad.new_empty(grad.shape),
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 
 
 class _PixelRefine(torch.autograd.Function):

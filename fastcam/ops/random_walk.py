@@ -20,7 +20,7 @@ BWD = op(
     f"random_walk_bwd(Tensor grad, Tensor affinity, {POLICY}) -> Tensor",
     fake=lambda grad, *_: grad.new_empty(grad.shape),
 )
-CANDIDATES = {"reference": backends.always}
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 
 
 class _RandomWalk(torch.autograd.Function):
