@@ -38,7 +38,7 @@ struct Stencil {
     rows = H + 2 * (radius - 1);
     weights.resize(rows * P * stride);
     self.resize(rows * stride);
-    root.resize(rows * stride);
+    root.assign(rows * stride, T(1));
     for (int64_t p = 0; p < P; ++p) {
       to.push_back(dy(p) * stride + dx(p));
       reversed.push_back((p - dy(p) * P) * stride - dx(p));
@@ -53,18 +53,22 @@ struct Stencil {
 // Row y of the affinities: clamped, to the power, 0 for pairs that leave the image.
 template <typename T>
 FASTCAM_INLINE void power_row(const T* affinity, Stencil<T>& s, int64_t y, int64_t power) {
+  constexpr int64_t BLOCK = 64;
   for (int64_t p = 0; p < s.P; ++p) {
     const T* a = affinity + (p * s.H + y) * s.W;
     T* w = s.weight(y, p);
-    const int64_t end = s.W - std::max<int64_t>(0, s.dx(p));
-    if (y + s.dy(p) >= s.H) continue;
-    for (int64_t x = std::max<int64_t>(0, -s.dx(p)); x < end; ++x) {
-      T base = a[x] < 0 ? T(0) : a[x] > 1 ? T(1) : a[x], result = 1;
-      for (int64_t n = power; n > 0; n >>= 1) {
-        result = n & 1 ? result * base : result;
-        base *= base;
+    const int64_t end = y + s.dy(p) < s.H ? s.W - std::max<int64_t>(0, s.dx(p)) : 0;
+    for (int64_t x = std::max<int64_t>(0, -s.dx(p)); x < end; x += BLOCK) {
+      const int64_t n = std::min(BLOCK, end - x);
+      T base[BLOCK] = {}, result[BLOCK];
+      for (int64_t j = 0; j < n; ++j) base[j] = a[x + j] < 0 ? T(0) : a[x + j] > 1 ? T(1) : a[x + j];
+      std::fill(result, result + BLOCK, T(1));
+      for (int64_t bits = power; bits > 0; bits >>= 1) {
+        if (bits & 1)
+          for (int64_t j = 0; j < BLOCK; ++j) result[j] *= base[j];
+        for (int64_t j = 0; j < BLOCK; ++j) base[j] *= base[j];
       }
-      w[x] = result;
+      std::copy(result, result + n, w + x);
     }
   }
 }
@@ -72,8 +76,7 @@ FASTCAM_INLINE void power_row(const T* affinity, Stencil<T>& s, int64_t y, int64
 // Row y of D^1/2 and of the diagonal of S.
 template <typename T>
 FASTCAM_INLINE void root_row(Stencil<T>& s, int64_t y) {
-  T *root = s.root.data() + s.at(y, 0), *self = s.self.data() + s.at(y, 0);
-  std::fill(root, root + s.W, T(1));
+  T* __restrict__ root = s.root.data() + s.at(y, 0), * __restrict__ self = s.self.data() + s.at(y, 0);
   for (int64_t p = 0; p < s.P; ++p) {
     const T *w = s.weight(y, p), *back = s.weight(y, 0) + s.reversed[p];
     for (int64_t x = 0; x < s.W; ++x) root[x] += w[x] + back[x];
@@ -84,14 +87,13 @@ FASTCAM_INLINE void root_row(Stencil<T>& s, int64_t y) {
   }
 }
 
-// Row y of S. Margins of the root are 0: pairs that lead there have no weight either.
+// Row y of S.
 template <typename T>
 FASTCAM_INLINE void scale_row(Stencil<T>& s, int64_t y) {
   const T* root = s.root.data() + s.at(y, 0);
-  for (int64_t p = 0; p < s.P; ++p) {
-    T* w = s.weight(y, p);
-    for (int64_t x = 0; x < s.W; ++x) w[x] = w[x] > 0 || w[x] != w[x] ? w[x] / (root[x] * root[x + s.to[p]]) : T(0);
-  }
+  T* __restrict__ w = s.weight(y, 0);
+  for (int64_t p = 0; p < s.P; ++p, w += s.stride)
+    for (int64_t x = 0; x < s.W; ++x) w[x] /= root[x] * root[x + s.to[p]];
 }
 
 // One row of one step for G channels, `plane` numbers apart: last = factor * S now - minus * last, and

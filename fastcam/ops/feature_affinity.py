@@ -24,7 +24,8 @@ BWD = op(
     "feature_affinity_bwd(Tensor grad, Tensor features, Tensor out, int radius, int margin, str backend) -> Tensor",
     fake=lambda grad, features, out, radius, margin, backend: features.new_empty(features.shape),
 )
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+# Best first. triton comes after the reference, hence only by name, until a GPU has run it.
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 
 
 class _FeatureAffinity(torch.autograd.Function):

@@ -24,7 +24,8 @@ BWD = op(
     "path_affinity_bwd(Tensor grad, Tensor edge, int radius, str backend) -> Tensor",
     fake=lambda grad, edge, radius, backend: edge.new_empty(edge.shape),
 )
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+# Best first. triton comes after the reference, hence only by name, until a GPU has run it.
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 
 
 class _PathAffinity(torch.autograd.Function):

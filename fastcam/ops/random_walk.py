@@ -20,7 +20,8 @@ BWD = op(
     f"random_walk_bwd(Tensor grad, Tensor affinity, {POLICY}) -> Tensor",
     fake=lambda grad, *_: grad.new_empty(grad.shape),
 )
-CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
+# Best first. triton comes after the reference, hence only by name, until a GPU has run it.
+CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 
 
 class _RandomWalk(torch.autograd.Function):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import feature_affinity
 from fastcam._paths import destinations
@@ -85,3 +85,13 @@ class TestFeatureAffinity(OpTester):
             feature_affinity(torch.ones(2, 1, 4, 4, device=device), radius=0)
         with pytest.raises(ValueError, match="expected sources 'all' or 'inner', got 'outer'"):
             feature_affinity(torch.ones(2, 1, 4, 4, device=device), sources="outer")
+
+
+@pytest.mark.parametrize(("dtype", "D"), [("fp32", 448), ("fp16", 3), ("bf16", 64)])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, D):
+    kernels = pytest.importorskip("fastcam.kernels.feature_affinity")
+    shared = {"f_ptr": f"*{dtype}", "offsets_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    shared |= dict.fromkeys(("H", "W", "D", "P", "margin"), "i32")
+    compile_for_gpus(kernels._feature_affinity_fwd_kernel, shared, kernels.blocks(D))
+    gradients = {"grad_ptr": f"*{dtype}", "grad_f_ptr": f"*{dtype}"}
+    compile_for_gpus(kernels._feature_affinity_bwd_kernel, {**gradients, **shared}, kernels.blocks(D))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import path_affinity
 from fastcam._paths import destinations, paths
@@ -88,3 +88,17 @@ def test_paths_are_the_authors_in_their_order(radius, golden):
     expected = [[tuple(pixel) for pixel in path] for group in groups for path in group]
     assert [list(path) for path in paths(radius)] == expected
     assert [tuple(d) for d in arrays[f"r{radius}_search_dst"]] == list(destinations(radius))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype):
+    kernels = pytest.importorskip("fastcam.kernels.path_affinity")
+    shared = {"edge_ptr": f"*{dtype}", "offsets_ptr": "*i32", "starts_ptr": "*i32", "winner_ptr": "*i16"}
+    shared |= dict.fromkeys(("H", "W", "P"), "i32")
+    size = {"BLOCK_N": kernels.BLOCK_N}
+    for winners in (False, True):
+        compile_for_gpus(
+            kernels._path_affinity_fwd_kernel, {"out_ptr": f"*{dtype}", **shared}, {"WINNERS": winners, **size}
+        )
+    gradients = {"grad_ptr": f"*{dtype}", "grad_edge_ptr": f"*{dtype}"}
+    compile_for_gpus(kernels._path_affinity_bwd_kernel, {**gradients, **shared}, size)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import pixel_refine
 from fastcam.ops.pixel_refine import BWD, CANDIDATES, FWD
@@ -128,3 +128,19 @@ class TestPixelRefine(OpTester):
             pixel_refine(m, image, iterations=-1)
         with pytest.raises(TypeError, match="expected one dtype, got masks float32, image float16"):
             pixel_refine(m, image.half())
+
+
+@pytest.mark.parametrize(("dtype", "mode", "C"), [("fp32", "par", 21), ("fp16", "pamr", 1), ("bf16", "par", 4)])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, mode, C):
+    kernels = pytest.importorskip("fastcam.kernels.pixel_refine")
+    size = kernels.blocks(48, C)
+    shared = {"weight_ptr": "*fp32", "offsets_ptr": "*i32", **dict.fromkeys(("H", "W", "P"), "i32")}
+    compile_for_gpus(
+        kernels._pixel_refine_weights_kernel,
+        {"image_ptr": f"*{dtype}", "position_ptr": "*fp32", "K": "i32", **shared},
+        {"PAMR": mode == "pamr", **size["weights"]},
+    )
+    average = {"now_ptr": "*fp32", "next_ptr": "*fp32", "C": "i32", **shared}
+    compile_for_gpus(kernels._pixel_refine_average_kernel, average, size["average"])
+    spread = {"grad_ptr": "*fp32", "padded_ptr": "*fp32", "C": "i32", "reach": "i32", **shared}
+    compile_for_gpus(kernels._pixel_refine_spread_kernel, spread, size["average"])

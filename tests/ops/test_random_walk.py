@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 
 from fastcam import path_affinity, random_walk
 from fastcam._chebyshev import coefficients, walk_degree
@@ -189,3 +189,22 @@ def test_terms_left_out_stay_within_the_promise_for_the_worst_vector(steps):
         total += c[k] * now
     assert degree < steps
     assert np.abs(total - np.linalg.matrix_power(T, steps)).sum(0).max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "C"), [("fp32", 4), ("fp16", 1), ("bf16", 20)])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, C):
+    kernels = pytest.importorskip("fastcam.kernels.random_walk")
+    size = kernels.blocks(C)
+    shared = {"offsets_ptr": "*i32", "root_ptr": "*fp32", **dict.fromkeys(("H", "W", "P"), "i32")}
+    stencil = {"affinity_ptr": f"*{dtype}", "beta": "fp32", **shared}
+    compile_for_gpus(kernels._random_walk_root_kernel, stencil, {"BLOCK_N": size["BLOCK_N"]})
+    compile_for_gpus(
+        kernels._random_walk_scale_kernel, {"weight_ptr": "*fp32", **stencil}, {"BLOCK_N": size["BLOCK_N"]}
+    )
+    maps = dict.fromkeys(("now_ptr", "weight_ptr", "last_ptr", "total_ptr"), "*fp32")
+    for recursion in (False, True):
+        compile_for_gpus(
+            kernels._random_walk_step_kernel,
+            {**maps, **shared, "C": "i32", "share": "fp32"},
+            {"RECURSION": recursion, **size},
+        )
