@@ -59,7 +59,7 @@ def _feature_affinity_bwd_kernel(
     at = (b * D + d[:, None]) * H * W + n[None, :]
     here = tl.load(f_ptr + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    for p in range(0, P):
+    for p in range(P):
         dy, dx = tl.load(offsets_ptr + 2 * p), tl.load(offsets_ptr + 2 * p + 1)
         for role in tl.static_range(2):
             source = _has_source(y - role * dy, x - role * dx, dy, dx, H, W, margin)

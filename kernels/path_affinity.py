@@ -59,7 +59,7 @@ def _path_affinity_bwd_kernel(
     b = tl.program_id(1).to(tl.int64)
     y, x = n // W, n % W
     total = tl.zeros([BLOCK_N], tl.float32)
-    for p in range(0, P):
+    for p in range(P):
         start, end = tl.load(starts_ptr + p), tl.load(starts_ptr + p + 1)
         for i in range(start, end):
             dy, dx = tl.load(offsets_ptr + 2 * i), tl.load(offsets_ptr + 2 * i + 1)

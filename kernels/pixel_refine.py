@@ -37,7 +37,7 @@ def _pixel_refine_weights_kernel(
     x = tl.minimum(tl.maximum((n % W)[None, :] + dx[:, None], 0), W - 1)
     centres = P // 8 if PAMR else 0
     score = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for k in range(0, K):
+    for k in range(K):
         plane = image_ptr + (b * K + k) * H * W
         here = tl.load(plane + n, mask=n < H * W, other=0.0).to(tl.float32)
         there = tl.load(plane + y * W + x, mask=real, other=0.0).to(tl.float32)
@@ -68,7 +68,7 @@ def _pixel_refine_average_kernel(
     mask = (c[:, None] < C) & (n[None, :] < H * W)
     row = (b * C + c[:, None]) * H * W
     total = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for p in range(0, P):
+    for p in range(P):
         dy, dx = tl.load(offsets_ptr + 2 * p), tl.load(offsets_ptr + 2 * p + 1)
         y = tl.minimum(tl.maximum(n // W + dy, 0), H - 1)
         x = tl.minimum(tl.maximum(n % W + dx, 0), W - 1)
@@ -89,7 +89,7 @@ def _pixel_refine_spread_kernel(
     size = (H + 2 * reach) * wide
     channel = c[:, None] < C
     total = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for p in range(0, P):
+    for p in range(P):
         y = n // wide - reach - tl.load(offsets_ptr + 2 * p)
         x = n % wide - reach - tl.load(offsets_ptr + 2 * p + 1)
         source = (y >= 0) & (y < H) & (x >= 0) & (x < W)

@@ -87,7 +87,7 @@ class TestFeatureAffinity(OpTester):
             feature_affinity(torch.ones(2, 1, 4, 4, device=device), sources="outer")
 
 
-@pytest.mark.parametrize(("dtype", "D"), [("fp32", 448), ("fp16", 3), ("bf16", 64)])
+@pytest.mark.parametrize(("dtype", "D"), [("fp32", 448), ("bf16", 3)])
 def test_triton_kernels_compile_for_several_gpu_generations(dtype, D):
     kernels = pytest.importorskip("fastcam.kernels.feature_affinity")
     shared = {"f_ptr": f"*{dtype}", "offsets_ptr": "*i32", "out_ptr": f"*{dtype}"}

@@ -90,7 +90,7 @@ def test_paths_are_the_authors_in_their_order(radius, golden):
     assert [tuple(d) for d in arrays[f"r{radius}_search_dst"]] == list(destinations(radius))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_triton_kernels_compile_for_several_gpu_generations(dtype):
     kernels = pytest.importorskip("fastcam.kernels.path_affinity")
     shared = {"edge_ptr": f"*{dtype}", "offsets_ptr": "*i32", "starts_ptr": "*i32", "winner_ptr": "*i16"}

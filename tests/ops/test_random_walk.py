@@ -1,4 +1,5 @@
 import math
+import os
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class TestRandomWalk(OpTester):
         (1, 4, 12, 37, 5, 33, "chebyshev"),
         (2, 7, 23, 18, 4, 128, "chebyshev"),
     )
-    small = (2, 2, 4, 5, 3, 40, "chebyshev")
+    small = (2, 2, 4, 5, 3, 24, "chebyshev")
 
     def inputs(self, case, dtype, device):
         B, C, H, W, radius, steps, method = case
@@ -56,6 +57,8 @@ class TestRandomWalk(OpTester):
     @pytest.mark.parametrize("method", ["chebyshev", "steps"])
     @pytest.mark.parametrize("steps", [0, 1, 7, 64, 256])
     def test_equals_dense_matrix_power(self, device, backend, method, steps):
+        if steps > 64 and os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("takes the interpreter minutes")
         rng = np.random.default_rng(0)
         affinity = rng.random((34, 7, 9)) ** 0.2  # many near 1, as between boundaries
         x = rng.random((3, 7, 9))
@@ -106,7 +109,7 @@ class TestRandomWalk(OpTester):
         x = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(0)).to(device)
         x[:, 1] = 0
         nothing = torch.zeros(1, 12, 5, 6, device=device)
-        y = random_walk(x, nothing, radius=3, backend=backend)
+        y = random_walk(x, nothing, radius=3, steps=30, backend=backend)
         torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
         assert (y[:, 1] == 0).all()
 
@@ -120,7 +123,7 @@ class TestRandomWalk(OpTester):
         edge[:, :, 4] = 1
         x = torch.zeros(1, 1, 5, 9, device=device)
         x[..., :4] = 1
-        y = random_walk(x, path_affinity(edge), backend=backend)
+        y = random_walk(x, path_affinity(edge, radius=3), radius=3, steps=30, backend=backend)
         torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
 
     def test_affinities_outside_0_1_are_clamped_and_pairs_that_leave_the_image_ignored(self, device, backend):
@@ -191,17 +194,17 @@ def test_terms_left_out_stay_within_the_promise_for_the_worst_vector(steps):
     assert np.abs(total - np.linalg.matrix_power(T, steps)).sum(0).max() < 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "C"), [("fp32", 4), ("fp16", 1), ("bf16", 20)])
+@pytest.mark.parametrize(("dtype", "C"), [("fp32", 4), ("bf16", 1)])
 def test_triton_kernels_compile_for_several_gpu_generations(dtype, C):
     kernels = pytest.importorskip("fastcam.kernels.random_walk")
     size = kernels.blocks(C)
-    shared = {"offsets_ptr": "*i32", "root_ptr": "*fp32", **dict.fromkeys(("H", "W", "P"), "i32")}
-    stencil = {"affinity_ptr": f"*{dtype}", "beta": "fp32", **shared}
-    compile_for_gpus(kernels._random_walk_root_kernel, stencil, {"BLOCK_N": size["BLOCK_N"]})
+    shared = {"offsets_ptr": "*i32", "weight_ptr": "*fp32", **dict.fromkeys(("H", "W", "P"), "i32")}
+    pixels = {"BLOCK_N": size["BLOCK_N"]}
     compile_for_gpus(
-        kernels._random_walk_scale_kernel, {"weight_ptr": "*fp32", **stencil}, {"BLOCK_N": size["BLOCK_N"]}
+        kernels._random_walk_weights_kernel, {"affinity_ptr": f"*{dtype}", "beta": "fp32", **shared}, pixels
     )
-    maps = dict.fromkeys(("now_ptr", "weight_ptr", "last_ptr", "total_ptr"), "*fp32")
+    compile_for_gpus(kernels._random_walk_sums_kernel, {"sums_ptr": "*fp32", **shared}, pixels)
+    maps = dict.fromkeys(("now_ptr", "sums_ptr", "next_ptr", "difference_ptr", "total_ptr"), "*fp32")
     for recursion in (False, True):
         compile_for_gpus(
             kernels._random_walk_step_kernel,
