@@ -58,8 +58,10 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"nvcc = {nvcc() or 'nvcc'}",
-            # No contraction: the bits of a sum, and so every argmax, must not depend on the CPU.
-            f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -pthread {includes} {extra}",
+            # No contraction: the bits of a sum, and so every argmax, must not depend on the CPU. No errno: else square
+            # roots are taken one by one.
+            "cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -pthread "
+            f"{includes} {extra}",
             f"cudaflags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(targets)} {includes}",
             "rule cxx\n  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule cuda\n  command = $nvcc $cudaflags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",

@@ -41,11 +41,18 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "correlation_propagate_bwd", correlation_propagate_bwd);
   bind(m, "crf_mean_field_fwd", crf_mean_field_fwd);
   bind(m, "crf_mean_field_bwd", crf_mean_field_bwd);
+  bind(m, "feature_affinity_fwd", feature_affinity_fwd);
+  bind(m, "feature_affinity_bwd", feature_affinity_bwd);
   bind_lattice(m);
   bind(m, "pairwise_max_fwd", pairwise_max_fwd);
   bind(m, "pairwise_max_bwd", pairwise_max_bwd);
+  bind(m, "path_affinity_fwd", path_affinity_fwd);
+  bind(m, "path_affinity_bwd", path_affinity_bwd);
+  bind(m, "pixel_refine_fwd", pixel_refine_fwd);
+  bind(m, "pixel_refine_bwd", pixel_refine_bwd);
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
+  bind(m, "random_walk", random_walk);
   bind(m, "region_pool_fwd", region_pool_fwd);
   bind(m, "region_pool_bwd", region_pool_bwd);
 }

@@ -46,6 +46,30 @@ void crf_mean_field_bwd(const void* grad, const void* unary, const void* image, 
                         int64_t B, int64_t G, int64_t K, int64_t H, int64_t W, int64_t iterations, int normalization,
                         int kernel, int threads);
 
+// f (B, D, H, W), out, grad (B, P, H, W); offsets (P, 2): destinations (dy, dx), all nearer than radius; sources keep
+// margin from the left, right and lower border.
+void feature_affinity_fwd(const void* f, const int64_t* offsets, void* out, bool f64, int64_t B, int64_t D, int64_t P,
+                          int64_t H, int64_t W, int64_t radius, int64_t margin, int threads);
+void feature_affinity_bwd(const void* grad, const void* f, const void* out, const int64_t* offsets, void* grad_f,
+                          bool f64, int64_t B, int64_t D, int64_t P, int64_t H, int64_t W, int64_t radius,
+                          int64_t margin, int threads);
+
+// edge (B, H, W), out, grad (B, P, H, W); offsets: (dy, dx) of the pixels of all paths, each from its destination to
+// the source (0, 0); ends (P): where in them each path ends.
+void path_affinity_fwd(const void* edge, const int64_t* offsets, const int64_t* ends, void* out, bool f64, int64_t B,
+                       int64_t P, int64_t H, int64_t W, int threads);
+void path_affinity_bwd(const void* grad, const void* edge, const int64_t* offsets, const int64_t* ends, void* grad_edge,
+                       bool f64, int64_t B, int64_t P, int64_t H, int64_t W, int64_t radius, int threads);
+
+// masks, out, grad (B, C, H, W); image (B, K, H, W); offsets (P, 2): neighbours (dy, dx), none further than reach along
+// either axis, and what is added to the weight of each: position (P).
+void pixel_refine_fwd(const void* masks, const void* image, const int64_t* offsets, const double* position, void* out,
+                      bool f64, int64_t B, int64_t C, int64_t K, int64_t P, int64_t reach, int64_t H, int64_t W,
+                      bool pamr, int64_t iterations, int threads);
+void pixel_refine_bwd(const void* grad, const void* image, const int64_t* offsets, const double* position,
+                      void* grad_masks, bool f64, int64_t B, int64_t C, int64_t K, int64_t P, int64_t reach, int64_t H,
+                      int64_t W, bool pamr, int64_t iterations, int threads);
+
 // query (B, D, N), support (B, D, M), mask (B, M) or null, value and index (B, N); index -1: no support.
 void pairwise_max_fwd(const void* query, const void* support, const bool* mask, void* value, int64_t* index, bool f64,
                       int64_t B, int64_t D, int64_t N, int64_t M, bool cosine, double eps, int threads);
@@ -66,5 +90,10 @@ void region_pool_fwd(const void* x, const void* w, void* out, void* stat, bool f
                      int64_t K, int divisor, double eps, int threads);
 void region_pool_bwd(const void* grad, const void* x, const void* w, const void* out, const void* stat, void* grad_x,
                      void* grad_w, bool f64, int64_t B, int64_t D, int64_t N, int64_t K, int divisor, int threads);
+// x, out (B, C, H, W); affinity (B, P, H, W), taken to the given power; offsets (P, 2). shares (degree + 1): of each
+// Chebyshev polynomial in the result, or of each power.
+void random_walk(const void* x, const void* affinity, const int64_t* offsets, const double* shares, void* out, bool f64,
+                 int64_t B, int64_t C, int64_t P, int64_t H, int64_t W, int64_t radius, int64_t power, int64_t degree,
+                 bool chebyshev, bool transposed, int threads);
 
 }  // namespace fastcam

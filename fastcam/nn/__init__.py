@@ -5,18 +5,23 @@ from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
+from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
 
 __all__ = [
     "CRF_PRESETS",
     "Backbone",
-    "DenseCRF",
     "Cam",
     "CamFusion",
+    "DenseCRF",
     "FusedCams",
     "FusionPolicy",
     "ImageBank",
+    "Refine",
+    "affinity_labels",
     "background_channel",
+    "confident_labels",
     "create_backbone",
     "max_normalize",
     "pixel_correlation",
+    "two_threshold_labels",
 ]
