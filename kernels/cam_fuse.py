@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NORMALIZE = (None, "max", "minmax")  # as the kernels number them
+ACTIVATION = (None, "relu", "resized_relu", "fused_relu")  # as the kernels number them
+REDUCE = ("sum", "mean", "max", "pair_max")
+NORMALIZE = (None, "max", "minmax", "seam")
+MOST_COMPETING = 31  # views that may compete for a pixel's gradient: bits of a positive int32
 BLOCK_X = 16  # columns of the result that a gradient adds up at once
 RUNTIME = ["H", "W", "grid_h", "grid_w", "S", "L", "h", "w", "offset", "mirrored", "view", "tiles_w"]
 
@@ -35,9 +38,9 @@ def _neighbours(i, n, grid, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, RELU: tl.constexpr):
+def _load(ptr, ACTIVATION: tl.constexpr):
     x = tl.load(ptr).to(tl.float32)
-    if RELU:
+    if ACTIVATION == 1:
         x = tl.where(x < 0, 0.0, x)  # NaN stays
     return x
 
@@ -45,11 +48,14 @@ def _load(ptr, RELU: tl.constexpr):
 @triton.jit
 def _fuse(
     low_ptr, shapes_ptr, y, x, S, grid_h, grid_w, scale,
-    RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Fused values of pixels ``y`` (BLOCK_H,) by ``x`` (BLOCK_W,) of one map, and under MAX the view that wins."""
+    """Fused values of pixels ``y`` (BLOCK_H,) by ``x`` (BLOCK_W,) of one map, and, a bit a view, which views take the
+    gradient where they compete."""
     fused = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
-    winner = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
+    takers = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
+    larger = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    taker = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
     for s in range(S):
         h, w = tl.load(shapes_ptr + 4 * s), tl.load(shapes_ptr + 4 * s + 1)
         mirrored, offset = tl.load(shapes_ptr + 4 * s + 2), tl.load(shapes_ptr + 4 * s + 3)
@@ -58,18 +64,32 @@ def _fuse(
         left = tl.where(mirrored != 0, w - 1 - left, left)[None, :]
         right = tl.where(mirrored != 0, w - 1 - right, right)[None, :]
         upper_ptr, lower_ptr = low_ptr + offset + top[:, None] * w, low_ptr + offset + bottom[:, None] * w
-        a, b = _load(upper_ptr + left, RELU), _load(lower_ptr + left, RELU)
+        a, b = _load(upper_ptr + left, ACTIVATION), _load(lower_ptr + left, ACTIVATION)
         weight_x = tl.broadcast_to(weight_x[None, :], [BLOCK_H, BLOCK_W])
-        upper = tl.fma(weight_x, _load(upper_ptr + right, RELU) - a, a)
-        lower = tl.fma(weight_x, _load(lower_ptr + right, RELU) - b, b)
+        upper = tl.fma(weight_x, _load(upper_ptr + right, ACTIVATION) - a, a)
+        lower = tl.fma(weight_x, _load(lower_ptr + right, ACTIVATION) - b, b)
         value = tl.fma(tl.broadcast_to(weight_y[:, None], [BLOCK_H, BLOCK_W]), lower - upper, upper)
-        if MAX:
+        bit = tl.zeros([BLOCK_H, BLOCK_W], tl.int32) + (1 << tl.minimum(s, 30))
+        if ACTIVATION == 2:
+            bit = tl.where(value <= 0, 0, bit)
+            value = tl.where(value < 0, 0.0, value)
+        if REDUCE == 2:
             better = (value > fused) | (value != value) | (s == 0)
             fused = tl.where(better, value, fused)
-            winner = tl.where(better, s, winner)
+            takers = tl.where(better, bit, takers)
+        elif REDUCE == 3:
+            better = (value > larger) | (value != value) | (s % 2 == 0)
+            larger = tl.where(better, value, larger)
+            taker = tl.where(better, bit, taker)
+            fused += tl.where(s % 2 == 1, larger, 0.0)
+            takers |= tl.where(s % 2 == 1, taker, 0)
         else:
             fused += value
-    return fused * scale, winner
+            takers |= bit
+    fused *= scale
+    if ACTIVATION == 3:
+        fused = tl.where(fused < 0, 0.0, fused)
+    return fused, takers
 
 
 @triton.jit
@@ -83,14 +103,22 @@ def _tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 @triton.jit
 def _divisor(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
     highest, lowest = tl.load(stats_ptr + 2 * bc), tl.load(stats_ptr + 2 * bc + 1)
-    subtracted = lowest if NORMALIZE == 2 else 0.0
-    return highest, lowest, subtracted, highest - subtracted + eps
+    subtracted = lowest if NORMALIZE >= 2 else 0.0
+    divisor = highest - subtracted + eps
+    return highest, lowest, subtracted + eps if NORMALIZE == 3 else subtracted, divisor
+
+
+@triton.jit
+def _normalized(v, subtracted, divisor, NORMALIZE: tl.constexpr):
+    if NORMALIZE == 3:
+        v = tl.where(v < subtracted, 0.0, v)
+    return (v - subtracted) / divisor
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _cam_fuse_extremes_kernel(
     low_ptr, shapes_ptr, present_ptr, extremes_ptr, H, W, grid_h, grid_w, S, L, tiles_w, scale,
-    RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: maximum and minimum of one tile of one map; NaN if it holds one."""
     y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
@@ -98,7 +126,7 @@ def _cam_fuse_extremes_kernel(
     if tl.load(present_ptr + bc) != 0:
         # Beyond the edge the last pixel is repeated.
         y, x = tl.minimum(y, H - 1), tl.minimum(x, W - 1)
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, RELU, MAX, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         has_nan = tl.sum(tl.sum((v != v).to(tl.int32), 1), 0) > 0
         tl.store(to_ptr, tl.where(has_nan, float("nan"), tl.max(tl.max(v, 1), 0)))
         tl.store(to_ptr + 1, tl.where(has_nan, float("nan"), tl.min(tl.min(v, 1), 0)))
@@ -110,17 +138,17 @@ def _cam_fuse_extremes_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _cam_fuse_fwd_kernel(
     low_ptr, shapes_ptr, present_ptr, stats_ptr, out_ptr, H, W, grid_h, grid_w, S, L, tiles_w, scale, eps,
-    NORMALIZE: tl.constexpr, RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one map, fused and normalised."""
     y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
     v = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
     if tl.load(present_ptr + bc) != 0:
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, RELU, MAX, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         if NORMALIZE != 0:
             _, _, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
-            v = (v - subtracted) / divisor
+            v = _normalized(v, subtracted, divisor, NORMALIZE)
     to_ptr = out_ptr + bc * H * W + y[:, None] * W + x[None, :]
     tl.store(to_ptr, v.to(out_ptr.dtype.element_ty), mask=(y[:, None] < H) & (x[None, :] < W))
 
@@ -128,17 +156,17 @@ def _cam_fuse_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _cam_fuse_sums_kernel(
     grad_ptr, low_ptr, shapes_ptr, present_ptr, stats_ptr, sums_ptr, H, W, grid_h, grid_w, S, L, tiles_w, scale, eps,
-    NORMALIZE: tl.constexpr, RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: of one tile of one map, the sums of g and of g y, and how many pixels hold maximum and minimum."""
     y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
     if tl.load(present_ptr + bc) != 0:
         inside = (y[:, None] < H) & (x[None, :] < W)
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, RELU, MAX, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         g = tl.load(grad_ptr + bc * H * W + y[:, None] * W + x[None, :], mask=inside, other=0.0).to(tl.float32)
         highest, lowest, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
-        gy = tl.where(inside, g * ((v - subtracted) / divisor), 0.0)
+        gy = tl.where(inside, g * _normalized(v, subtracted, divisor, NORMALIZE), 0.0)
         to_ptr = sums_ptr + 4 * (bc * tl.num_programs(1) + tl.program_id(1))
         tl.store(to_ptr, tl.sum(tl.sum(g, 1), 0))
         tl.store(to_ptr + 1, tl.sum(tl.sum(gy, 1), 0))
@@ -148,30 +176,35 @@ def _cam_fuse_sums_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _cam_fuse_bwd_kernel(
-    grad_ptr, low_ptr, shapes_ptr, present_ptr, stats_ptr, sums_ptr, dx_ptr, winner_ptr,
+    grad_ptr, low_ptr, shapes_ptr, present_ptr, stats_ptr, sums_ptr, dx_ptr, takers_ptr,
     H, W, grid_h, grid_w, S, L, tiles_w, scale, eps,
-    NORMALIZE: tl.constexpr, RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: gradient of one tile of one fused map before normalisation, and under MAX the views that won."""
+    """One program: gradient of one tile of one fused map before normalisation, and the views that take it where they
+    compete."""
     y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
     if tl.load(present_ptr + bc) != 0:
         inside = (y[:, None] < H) & (x[None, :] < W)
         at = bc * H * W + y[:, None] * W + x[None, :]
-        v, winner = _fuse(
-            low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, RELU, MAX, ALIGN, BLOCK_H, BLOCK_W
+        v, takers = _fuse(
+            low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
         )
         g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if NORMALIZE != 0:
-            highest, lowest, _, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
+            highest, lowest, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
+            if NORMALIZE == 3:
+                g = tl.where(v < subtracted, 0.0, g)
             sum_g, sum_gy = tl.load(sums_ptr + 4 * bc), tl.load(sums_ptr + 4 * bc + 1)
             g += tl.where(v == highest, -sum_gy / tl.load(sums_ptr + 4 * bc + 2), 0.0)
-            if NORMALIZE == 2:
+            if NORMALIZE >= 2:
                 g += tl.where(v == lowest, (sum_gy - sum_g) / tl.load(sums_ptr + 4 * bc + 3), 0.0)
             g /= divisor
+        if ACTIVATION == 3:
+            g = tl.where(v <= 0, 0.0, g)
         tl.store(dx_ptr + at, g, mask=inside)
-        if MAX:
-            tl.store(winner_ptr + at, winner, mask=inside)
+        if REDUCE >= 2 or ACTIVATION == 2:
+            tl.store(takers_ptr + at, takers, mask=inside)
 
 
 @triton.jit
@@ -195,9 +228,9 @@ def _share(i, position, n, grid, ALIGN: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _cam_fuse_gather_kernel(
-    dx_ptr, winner_ptr, low_ptr, present_ptr, grad_low_ptr,
+    dx_ptr, takers_ptr, low_ptr, present_ptr, grad_low_ptr,
     H, W, grid_h, grid_w, L, h, w, offset, mirrored, view, scale,
-    RELU: tl.constexpr, MAX: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_X: tl.constexpr,
+    ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of BLOCK_W values in one row of one map of one view: sums in a fixed order, no atomics."""
     i, bc = tl.program_id(1), tl.program_id(0).to(tl.int64)
@@ -215,12 +248,12 @@ def _cam_fuse_gather_kernel(
                 share = tl.where(step_x + tl.arange(0, BLOCK_X)[None, :] < count_x, share, 0.0)
                 used = (x >= 0) & (x < W) & (share > 0)
                 at = bc * H * W + y * W + x
-                if MAX:
-                    used &= tl.load(winner_ptr + at, mask=used, other=-1) == view
+                if REDUCE >= 2 or ACTIVATION == 2:
+                    used &= ((tl.load(takers_ptr + at, mask=used, other=0) >> view) & 1) != 0
                 parts += share * tl.load(dx_ptr + at, mask=used, other=0.0).to(tl.float32)
     total = tl.sum(parts, 1)
     at = bc * L + offset + i * w + tl.where(mirrored != 0, w - 1 - j, j)
-    if RELU:
+    if ACTIVATION == 1:
         total = tl.where(tl.load(low_ptr + at, mask=j < w, other=0.0).to(tl.float32) <= 0, 0.0, total)
     tl.store(grad_low_ptr + at, total * scale, mask=j < w)
 
@@ -233,7 +266,7 @@ def blocks(W: int) -> tuple[int, int]:
 
 def cam_fuse_fwd(
     cams: Sequence[Tensor], present: Tensor | None, flips: Sequence[bool], size: Sequence[int], grid: Sequence[int],
-    relu: bool, reduce: str, normalize: str | None, align_corners: bool, eps: float,
+    activation: str | None, reduce: str, normalize: str | None, align_corners: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Views ``(B, C, h_s, w_s)`` -> fused ``(B, C, H, W)``; maxima and minima before normalisation ``(B, C, 2)``."""
     B, C = cams[0].shape[:2]
@@ -241,51 +274,66 @@ def cam_fuse_fwd(
     stats = torch.zeros((B, C, 2), dtype=torch.float32, device=out.device)
     if B * C == 0:
         return out, stats
+    views, programs, numbers, flags = prepare(cams, present, flips, size, grid, activation, reduce, align_corners)
+    if normalize is not None:
+        stats = extremes(views, programs, numbers, flags).reshape(B, C, 2)
+    _cam_fuse_fwd_kernel[programs](*views, stats, out, *numbers, eps, NORMALIZE.index(normalize), *flags)
+    return out, stats
+
+
+def prepare(
+    cams: Sequence[Tensor], present: Tensor | None, flips: Sequence[bool], size: Sequence[int], grid: Sequence[int],
+    activation: str | None, reduce: str, align_corners: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int], tuple[int | float, ...], tuple[int, ...]]:  # fmt: skip
+    """What the kernels that walk over tiles take: packed views, programs, sizes, constants."""
     (H, W), (BLOCK_H, BLOCK_W) = size, blocks(size[1])
     tiles_w = triton.cdiv(W, BLOCK_W)
-    programs = (B * C, triton.cdiv(H, BLOCK_H) * tiles_w)
-    low, shapes, there = _pack(cams, flips, present)
-    numbers = H, W, *grid, len(cams), low.shape[1], tiles_w, 1 / len(cams) if reduce == "mean" else 1.0
-    flags = relu, reduce == "max", align_corners, BLOCK_H, BLOCK_W
-    if normalize is not None:
-        extremes = stats.new_empty((*programs, 2))
-        _cam_fuse_extremes_kernel[programs](low, shapes, there, extremes, *numbers, *flags)
-        stats = torch.stack([extremes[..., 0].amax(1), extremes[..., 1].amin(1)], dim=-1).reshape(B, C, 2)
-    _cam_fuse_fwd_kernel[programs](
-        low, shapes, there, stats, out, *numbers, eps, NORMALIZE.index(normalize), *flags
-    )  # fmt: skip
-    return out, stats
+    views = _pack(cams, flips, present)
+    programs = views[0].shape[0], triton.cdiv(H, BLOCK_H) * tiles_w
+    scale = 1 / len(cams) if reduce == "mean" else 1.0
+    numbers = H, W, *grid, len(cams), views[0].shape[1], tiles_w, scale
+    return views, programs, numbers, (*_choices(activation, reduce), align_corners, BLOCK_H, BLOCK_W)
+
+
+def extremes(
+    views: tuple[Tensor, Tensor, Tensor], programs: tuple[int, int], numbers: tuple[int | float, ...],
+    flags: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """Maxima and minima ``(B C, 2)`` before normalisation, from what :func:`prepare` returned."""
+    tiles = torch.empty((*programs, 2), dtype=torch.float32, device=views[0].device)
+    _cam_fuse_extremes_kernel[programs](*views, tiles, *numbers, *flags)
+    return torch.stack([tiles[..., 0].amax(1), tiles[..., 1].amin(1)], dim=-1)
+
+
+def _choices(activation: str | None, reduce: str) -> tuple[int, int]:
+    return ACTIVATION.index(activation), REDUCE.index(reduce)
 
 
 def cam_fuse_bwd(
     grad: Tensor, cams: Sequence[Tensor], stats: Tensor, present: Tensor | None, flips: Sequence[bool],
-    size: Sequence[int], grid: Sequence[int], relu: bool, reduce: str, normalize: str | None, align_corners: bool,
-    eps: float,
+    size: Sequence[int], grid: Sequence[int], activation: str | None, reduce: str, normalize: str | None,
+    align_corners: bool, eps: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the views. The fused maps are computed again; ``stats`` is what the forward returned."""
     B, C = cams[0].shape[:2]
     if B * C == 0:
         return [torch.zeros_like(cam, memory_format=torch.contiguous_format) for cam in cams]
-    (H, W), (BLOCK_H, BLOCK_W) = size, blocks(size[1])
-    tiles_w = triton.cdiv(W, BLOCK_W)
-    programs = (B * C, triton.cdiv(H, BLOCK_H) * tiles_w)
-    low, shapes, there = _pack(cams, flips, present)
-    scale = 1 / len(cams) if reduce == "mean" else 1.0
-    numbers = H, W, *grid, len(cams), low.shape[1], tiles_w, scale
-    flags = relu, reduce == "max", align_corners, BLOCK_H, BLOCK_W
-    dx = winner = grad.contiguous()
+    compete = reduce in ("max", "pair_max") or activation == "resized_relu"
+    if compete and len(cams) > MOST_COMPETING:
+        raise ValueError(f"cam_fuse: expected at most {MOST_COMPETING} competing views, got {len(cams)}")
+    views, programs, numbers, flags = prepare(cams, present, flips, size, grid, activation, reduce, align_corners)
+    low, _, there = views
+    dx = takers = grad.contiguous()
     sums = stats
     if normalize is not None:
         parts = stats.new_zeros((*programs, 4))
-        _cam_fuse_sums_kernel[programs](
-            dx, low, shapes, there, stats, parts, *numbers, eps, NORMALIZE.index(normalize), *flags
-        )  # fmt: skip
+        _cam_fuse_sums_kernel[programs](dx, *views, stats, parts, *numbers, eps, NORMALIZE.index(normalize), *flags)
         sums = parts.sum(1)
-    if normalize is not None or reduce == "max":
+    if normalize is not None or compete or activation == "fused_relu":
         g, dx = dx, torch.empty_like(dx, dtype=torch.float32)
-        winner = torch.empty_like(dx, dtype=torch.uint8) if reduce == "max" else dx
+        takers = torch.empty_like(dx, dtype=torch.int32) if compete else dx
         _cam_fuse_bwd_kernel[programs](
-            g, low, shapes, there, stats, sums, dx, winner, *numbers, eps, NORMALIZE.index(normalize), *flags
+            g, *views, stats, sums, dx, takers, *numbers, eps, NORMALIZE.index(normalize), *flags
         )  # fmt: skip
 
     grad_low = torch.empty_like(low)
@@ -294,8 +342,8 @@ def cam_fuse_bwd(
         h, w = cam.shape[2:]
         width = min(32, triton.next_power_of_2(w))
         _cam_fuse_gather_kernel[(B * C, h, triton.cdiv(w, width))](
-            dx, winner, low, there, grad_low, H, W, *grid, low.shape[1], h, w, offset, int(flip), view, scale,
-            relu, reduce == "max", align_corners, width, BLOCK_X,
+            dx, takers, low, there, grad_low, *size, *grid, low.shape[1], h, w, offset, int(flip), view,
+            1 / len(cams) if reduce == "mean" else 1.0, *_choices(activation, reduce), align_corners, width, BLOCK_X,
         )  # fmt: skip
         parts_low.append(grad_low[:, offset : offset + h * w].reshape(cam.shape).contiguous())
         offset += h * w

@@ -1,490 +1,368 @@
-// Fusion of class activation maps: views (BC, h, w) of any number and size -> one map (BC, H, W).
-//
-// Bilinear interpolation is separable. Source rows are stretched to the output's width once, each output row is then a
-// blend of two neighbouring stretched rows for every size of views. Views of one size are added before that, for sums
-// and means.
+// Fusion of class activation maps: views (BC, h, w) of any number and size -> one map (BC, H, W). Maxima come first, from
+// the ends of intervals, then every value is written once, normalised.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <vector>
 
-#include "cam_fuse.h"
+#include "cpu/cam_views.h"
 #include "cpu/ops.h"
-#include "multiversion.h"
 #include "parallel.h"
-#include "vector.h"
 
 namespace fastcam {
 namespace {
 
-constexpr int64_t BAND = 64;    // output rows that one task handles
-constexpr int64_t VECTORS = 4;  // vectors of an output row that are in registers at once
+constexpr int64_t BAND = 64;  // output rows that one task handles
 
-template <typename T>
-constexpr int64_t block = VECTORS * Vector<T>::size;
-
-// Output position x lies between source positions first[x] and first[x] + 1, weight[x] of the way to the latter.
-template <typename T>
-struct Axis {
-  std::vector<int64_t> first;
-  std::vector<T> weight;
-  std::vector<int64_t> start;  // [start[j], start[j + 1]): the positions whose first is j
-
-  // The first `count` of `grid` positions over n of the source, the last one repeated up to `padded`.
-  Axis(int64_t n, int64_t grid, int64_t count, int64_t padded, bool align_corners)
-      : first(padded), weight(padded + Vector<T>::size), start(n + 1, padded) {
-    const double step = !align_corners ? double(n) / grid : grid > 1 ? double(n - 1) / (grid - 1) : 0;
-    for (int64_t x = padded - 1; x >= 0; --x) {
-      const double i = std::min(x, count - 1);
-      const double source = align_corners ? i * step : std::max(0.0, (i + 0.5) * step - 0.5);
-      first[x] = std::min(static_cast<int64_t>(source), n - 1);
-      weight[x] = first[x] < n - 1 ? static_cast<T>(source - first[x]) : 0;
-      start[first[x]] = x;
-    }
-    for (int64_t j = n - 1; j >= 0; --j) start[j] = std::min(start[j], start[j + 1]);
-  }
-};
-
-template <typename T>
-struct View {
-  const T* data;
-  T* grad;
-  bool mirrored;
-};
-
-// Views of one size, added before they are resized. Alone in its group if the maximum over views is asked for.
-template <typename T>
-struct Group {
-  int64_t h, w;
-  Axis<T> rows, columns;
-  std::vector<View<T>> views;
-};
-
-template <typename T>
-struct Plan {
-  int64_t H, W, padded;
-  bool relu, max;
-  T scale;  // of each view: 1, or 1 / S for the mean
-  std::vector<Group<T>> groups;
-
-  Plan(const int64_t* views, int64_t S, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce,
-       bool align_corners)
-      : H(H),
-        W(W),
-        padded((W + block<T> - 1) / block<T> * block<T>),
-        relu(relu),
-        max(reduce == FUSE_MAX),
-        scale(reduce == FUSE_MEAN ? T(1) / S : T(1)) {
-    for (const int64_t* v = views; v != views + 5 * S; v += 5) {
-      const int64_t h = v[1], w = v[2];
-      auto group =
-          max ? groups.end()
-              : std::find_if(groups.begin(), groups.end(), [&](const Group<T>& g) { return g.h == h && g.w == w; });
-      if (group == groups.end()) {
-        groups.push_back({h, w, {h, grid_h, H, H, align_corners}, {w, grid_w, W, padded, align_corners}, {}});
-        group = groups.end() - 1;
-      }
-      group->views.push_back({reinterpret_cast<const T*>(v[0]), reinterpret_cast<T*>(v[4]), v[3] != 0});
-    }
-  }
-
-  // Source rows [begin, end) of a group that output rows [y0, y1) need.
-  static int64_t begin(const Group<T>& g, int64_t y0) { return g.rows.first[y0]; }
-  static int64_t end(const Group<T>& g, int64_t y1) { return std::min(g.rows.first[y1 - 1] + 2, g.h); }
-
-  // Numbers that the stretched rows for output rows [y0, y1) take.
-  int64_t stretched_size(int64_t y0, int64_t y1) const {
-    int64_t rows = 0;
-    for (const Group<T>& g : groups) rows += end(g, y1) - begin(g, y0);
-    return rows * padded + Vector<T>::size;
-  }
-};
-
-// The two stretched rows of a group between which an output row lies.
-template <typename T>
-struct Between {
-  const T *upper, *lower;
-  T weight;
-};
-
-template <typename T>
-FASTCAM_INLINE T at(const Between<T>& b, int64_t x) {
-  return b.upper[x] + b.weight * (b.lower[x] - b.upper[x]);
-}
-
-// low (w + 1), the last repeated -> wide (padded).
-template <typename T>
-FASTCAM_INLINE void stretch(const T* low, const Axis<T>& axis, int64_t w, int64_t padded, T* wide) {
+// Output rows [y0, y1) of map bc, normalised.
+template <int REDUCE, typename T>
+FASTCAM_INLINE void write_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, const Normalize<T>& by,
+                               Workspace<T>& work, T* out) {
   using V = typename Vector<T>::type;
-  const int64_t *first = axis.first.data(), *start = axis.start.data();
-  const T* weight = axis.weight.data();
-  if (padded < 4 * w) {
-    for (int64_t x = 0; x < padded; ++x) {
-      const T a = low[first[x]], b = low[first[x] + 1];
-      wide[x] = a + weight[x] * (b - a);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < w; ++j) {
-    const T a = low[j], d = low[j + 1] - a;
-    // A store may run over the end of its interval: the next interval, or the next row, is written after it.
-    for (int64_t x = start[j]; x < start[j + 1]; x += Vector<T>::size)
-      *reinterpret_cast<V*>(wide + x) = a + *reinterpret_cast<const V*>(weight + x) * d;
-  }
+  stretch_rows(plan, bc, y0, y1, work);
+  const bool lifts = by.least > -std::numeric_limits<T>::infinity() || std::isnan(by.least);
+  for_blocks<REDUCE>(plan, y0, y1, work,
+                     [&](int64_t start, int64_t y, int64_t stop, int64_t x, const V* base, const V* slope)
+                         __attribute__((always_inline)) {
+                           for (; y < stop; ++y) {
+                             T* to = out + (bc * plan.H + y) * plan.W + x;
+                             const int64_t count = std::min(block<T>, plan.W - x);
+                             V value[VECTORS];
+                             for (int64_t k = 0; k < VECTORS; ++k) {
+                               evaluate(plan, base[k], slope[k], y - start, value[k]);
+                               if (!lifts) value[k] = (value[k] - by.offset) * by.factor;
+                             }
+                             if (count == block<T>) {
+                               for (int64_t k = 0; k < VECTORS; ++k)
+                                 *reinterpret_cast<V*>(to + k * Vector<T>::size) = value[k];
+                             } else {
+                               std::memcpy(to, value, count * sizeof(T));
+                             }
+                             if (!lifts) continue;
+                             for (int64_t i = 0; i < count; ++i)
+                               to[i] = ((to[i] < by.least ? 0 : to[i]) - by.offset) * by.factor;
+                           }
+                         });
 }
 
-// Stretched rows of map bc that output rows [y0, y1) need, group after group. low holds the widest group's w + 1
-// numbers.
-template <typename T>
-FASTCAM_INLINE void stretch_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, T* low, T* wide) {
-  for (const Group<T>& g : plan.groups)
-    for (int64_t i = plan.begin(g, y0); i < plan.end(g, y1); ++i, wide += plan.padded) {
-      const int64_t w = g.w;
-      const bool relu = plan.relu;
-      const T scale = plan.scale;
-      std::fill(low, low + w, T(0));
-      for (const View<T>& view : g.views) {
-        const T* row = view.data + (bc * g.h + i) * w;
-        if (view.mirrored) {
-          for (int64_t j = 0; j < w; ++j) low[j] += relu && row[w - 1 - j] < 0 ? 0 : row[w - 1 - j];
-        } else {
-          for (int64_t j = 0; j < w; ++j) low[j] += relu && row[j] < 0 ? 0 : row[j];
-        }
-      }
-      for (int64_t j = 0; j < w; ++j) low[j] *= scale;
-      low[w] = low[w - 1];
-      stretch(low, g.columns, w, plan.padded, wide);
-    }
+FASTCAM_MULTIVERSION void write_rows_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1,
+                                         const Normalize<float>& by, Workspace<float>& work, float* out) {
+  with_reduction(plan, [&](auto reduce) __attribute__((always_inline)) {
+    write_rows<reduce()>(plan, bc, y0, y1, by, work, out);
+  });
+}
+FASTCAM_MULTIVERSION void write_rows_f64(const Plan<double>& plan, int64_t bc, int64_t y0, int64_t y1,
+                                         const Normalize<double>& by, Workspace<double>& work, double* out) {
+  with_reduction(plan, [&](auto reduce) __attribute__((always_inline)) {
+    write_rows<reduce()>(plan, bc, y0, y1, by, work, out);
+  });
 }
 
-// For output row y, where its stretched rows lie; `wide` begins with those for output row y0 and ends with those for
-// row y1 - 1.
-template <typename T>
-FASTCAM_INLINE void find_rows(const Plan<T>& plan, const T* wide, int64_t y0, int64_t y1, int64_t y,
-                              Between<T>* between) {
-  for (const Group<T>& g : plan.groups) {
-    const int64_t first = plan.begin(g, y0), i = g.rows.first[y];
-    *between++ = {wide + (i - first) * plan.padded, wide + (std::min(i + 1, g.h - 1) - first) * plan.padded,
-                  g.rows.weight[y]};
-    wide += (plan.end(g, y1) - first) * plan.padded;
-  }
-}
-
-// Fused values x .. x + block of an output row.
-template <bool MAX, typename T>
-FASTCAM_INLINE void fuse_block(const Between<T>* between, int64_t groups, int64_t x, typename Vector<T>::type* sum) {
-  using V = typename Vector<T>::type;
-  for (int64_t k = 0; k < VECTORS; ++k) sum[k] = V{} - (MAX ? std::numeric_limits<T>::infinity() : T(0));
-  for (int64_t g = 0; g < groups; ++g) {
-    const T *upper = between[g].upper + x, *lower = between[g].lower + x;
-    const T weight = between[g].weight;
-    for (int64_t k = 0; k < VECTORS; ++k) {
-      const V a = *reinterpret_cast<const V*>(upper + k * Vector<T>::size);
-      const V b = *reinterpret_cast<const V*>(lower + k * Vector<T>::size);
-      const V v = a + weight * (b - a), so_far = sum[k];
-      if (MAX) {
-        // A comparison with NaN is false, so one of the two is NaN if an operand is. Any other use of a vector
-        // comparison is taken apart by GCC in functions that are built for several instruction sets.
-        const V one = v > so_far ? v : so_far, other = so_far > v ? so_far : v;
-        sum[k] = one * T(0.5) + other * T(0.5);
-      } else {
-        sum[k] += v;
-      }
-    }
-  }
-}
-
-// Output rows [y0, y1) of map bc before normalisation, and the maximum and minimum of them.
-template <bool MAX, typename T>
-FASTCAM_INLINE void fuse_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, T* low, T* wide,
-                              Between<T>* between, T* out, T* extremes) {
-  using V = typename Vector<T>::type;
-  stretch_rows(plan, bc, y0, y1, low, wide);
-  const int64_t groups = plan.groups.size();
-  V highest = V{} - std::numeric_limits<T>::infinity(), lowest = -highest;
-  V total = {};  // shows NaN, which comparisons pass over
-  for (int64_t y = y0; y < y1; ++y) {
-    find_rows(plan, wide, y0, y1, y, between);
-    T* row = out + (bc * plan.H + y) * plan.W;
-    for (int64_t x = 0; x < plan.W; x += block<T>) {
-      V sum[VECTORS];
-      fuse_block<MAX>(between, groups, x, sum);
-      for (int64_t k = 0; k < VECTORS; ++k) {  // beyond the end of the row the last value is repeated
-        highest = sum[k] > highest ? sum[k] : highest;
-        lowest = sum[k] < lowest ? sum[k] : lowest;
-        total += sum[k];
-      }
-      if (x + block<T> <= plan.W) {
-        for (int64_t k = 0; k < VECTORS; ++k) *reinterpret_cast<V*>(row + x + k * Vector<T>::size) = sum[k];
-      } else {
-        std::memcpy(row + x, sum, (plan.W - x) * sizeof(T));
-      }
-    }
-  }
-  extremes[0] = highest[0], extremes[1] = lowest[0];
-  for (int64_t i = 0; i < Vector<T>::size; ++i) {
-    extremes[0] = std::max(extremes[0], T(highest[i]));
-    extremes[1] = std::min(extremes[1], T(lowest[i]));
-  }
-  for (int64_t i = 0; i < Vector<T>::size; ++i)
-    if (std::isnan(total[i])) extremes[0] = extremes[1] = std::numeric_limits<T>::quiet_NaN();
-}
-
-template <typename T>
-FASTCAM_INLINE void fuse_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, T* low, T* wide,
-                              Between<T>* between, T* out, T* extremes) {
-  if (plan.max) {
-    fuse_rows<true>(plan, bc, y0, y1, low, wide, between, out, extremes);
-  } else {
-    fuse_rows<false>(plan, bc, y0, y1, low, wide, between, out, extremes);
-  }
-}
-
-FASTCAM_MULTIVERSION void fuse_rows_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1, float* low,
-                                        float* wide, Between<float>* between, float* out, float* extremes) {
-  fuse_rows(plan, bc, y0, y1, low, wide, between, out, extremes);
-}
-FASTCAM_MULTIVERSION void fuse_rows_f64(const Plan<double>& plan, int64_t bc, int64_t y0, int64_t y1, double* low,
-                                        double* wide, Between<double>* between, double* out, double* extremes) {
-  fuse_rows(plan, bc, y0, y1, low, wide, between, out, extremes);
-}
-
-// Maximum and minimum over the bands; NaN if one is.
-template <typename T>
-void reduce_extremes(const T* bands, int64_t count, T* extremes) {
-  extremes[0] = bands[0], extremes[1] = bands[1];
-  for (int64_t i = 1; i < count; ++i) {
-    if (bands[2 * i] > extremes[0] || std::isnan(bands[2 * i])) extremes[0] = bands[2 * i];
-    if (bands[2 * i + 1] < extremes[1] || std::isnan(bands[2 * i + 1])) extremes[1] = bands[2 * i + 1];
-  }
-}
-
-// Normalised value = (x - offset) * factor.
-template <typename T>
-struct Normalize {
-  T offset, factor;
-  Normalize(const T* extremes, int normalize, T eps)
-      : offset(normalize == FUSE_BY_MINMAX ? extremes[1] : T(0)),
-        factor(normalize == FUSE_BY_NOTHING ? T(1) : 1 / (extremes[0] - offset + eps)) {}
-};
-
-template <typename T>
-FASTCAM_INLINE void scale(T* x, int64_t n, T offset, T factor) {
-  for (int64_t i = 0; i < n; ++i) x[i] = (x[i] - offset) * factor;
-}
-FASTCAM_MULTIVERSION void scale_f32(float* x, int64_t n, float offset, float factor) { scale(x, n, offset, factor); }
-FASTCAM_MULTIVERSION void scale_f64(double* x, int64_t n, double offset, double factor) { scale(x, n, offset, factor); }
-
-// What a task needs beside the plan, for output rows [y0, y1).
-template <typename T>
-struct Workspace {
-  std::unique_ptr<T[]> low, wide;
-  std::vector<Between<T>> between;
-  Workspace(const Plan<T>& plan, int64_t y0, int64_t y1) : between(plan.groups.size()) {
-    int64_t w = 0;
-    for (const Group<T>& g : plan.groups) w = std::max(w, g.w);
-    low.reset(new T[w + 1]);
-    wide.reset(new T[plan.stretched_size(y0, y1)]);
-  }
-};
-
-template <typename T, typename Rows, typename Scale>
+template <typename T, typename Rows>
 void forward(const Plan<T>& plan, const bool* present, T* out, T* stats, int64_t BC, int normalize, T eps, int threads,
-             Rows fuse, Scale scale) {
+             Rows write) {
+  if (normalize == FUSE_BY_NOTHING) {
+    std::fill(stats, stats + 2 * BC, T(0));
+  } else {
+    extremes_of_maps(plan, present, BC, threads, stats);
+  }
   const int64_t bands = (plan.H + BAND - 1) / BAND;
-  std::vector<T> extremes(2 * BC * bands);
-  const auto make = [&](int64_t bc, int64_t band) {
-    const int64_t y0 = band * BAND, y1 = std::min(plan.H, y0 + BAND);
+  parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) {
+    const int64_t bc = i / bands, y0 = i % bands * BAND, y1 = std::min(plan.H, y0 + BAND);
     if (present && !present[bc]) {
       std::fill(out + (bc * plan.H + y0) * plan.W, out + (bc * plan.H + y1) * plan.W, T(0));
       return;
     }
     Workspace<T> work(plan, y0, y1);
-    fuse(plan, bc, y0, y1, work.low.get(), work.wide.get(), work.between.data(), out,
-         &extremes[2 * (bc * bands + band)]);
-  };
-  const auto finish = [&](int64_t bc, int64_t band) {
-    T both[2] = {};
-    if (normalize != FUSE_BY_NOTHING && !(present && !present[bc])) {
-      reduce_extremes(&extremes[2 * bc * bands], bands, both);
-      const Normalize<T> by(both, normalize, eps);
-      const int64_t y0 = band * BAND, y1 = std::min(plan.H, y0 + BAND);
-      scale(out + (bc * plan.H + y0) * plan.W, (y1 - y0) * plan.W, by.offset, by.factor);
-    }
-    if (band == 0) std::copy(both, both + 2, stats + 2 * bc);
-  };
-  if (BC >= 4 * threads) {  // a map a task: normalised while it is in the cache
-    parallel_for(BC, 1, threads, [&](int64_t bc, int64_t) {
-      for (int64_t band = 0; band < bands; ++band) make(bc, band);
-      for (int64_t band = 0; band < bands; ++band) finish(bc, band);
-    });
-  } else {
-    parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) { make(i / bands, i % bands); });
-    parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) { finish(i / bands, i % bands); });
-  }
+    write(plan, bc, y0, y1, Normalize<T>(stats + 2 * bc, normalize, eps), work, out);
+  });
 }
 
-// Gradient of the fused map, before normalisation: factor * (grad + at_highest [x = highest] + at_lowest [x = lowest]).
-template <typename T>
-struct Gradient {
-  T highest, lowest, at_highest, at_lowest, factor;
+// Sums over pixels that the gradient of a map needs: of g, of g y, and of pixels that hold the maximum, the minimum.
+struct Sums {
+  double g = 0, gy = 0, highest = 0, lowest = 0;
 };
 
-template <typename T>
-FASTCAM_INLINE void fuse_row(const Plan<T>& plan, const Between<T>* between, T* row) {
+// Fused values of the rows [y, stop) of one interval, `padded` apart.
+template <int REDUCE, typename T>
+FASTCAM_INLINE void fuse_interval(const Plan<T>& plan, int64_t y, int64_t stop, const Between<T>* between, T* rows) {
   using V = typename Vector<T>::type;
   for (int64_t x = 0; x < plan.padded; x += block<T>) {
-    V* to = reinterpret_cast<V*>(row + x);
-    if (plan.max) {
-      fuse_block<true>(between, plan.groups.size(), x, to);
-    } else {
-      fuse_block<false>(between, plan.groups.size(), x, to);
+    V base[VECTORS], slope[VECTORS];
+    fuse_block<REDUCE>(plan, between, x, base, slope);
+    for (int64_t i = y; i < stop; ++i)
+      for (int64_t k = 0; k < VECTORS; ++k)
+        evaluate(plan, base[k], slope[k], i - plan.interval[y].start,
+                 *reinterpret_cast<V*>(rows + (i - y) * plan.padded + x + k * Vector<T>::size));
+  }
+}
+
+// What one task of the backward owns: rows [y0, y1) of map bc.
+template <typename T>
+struct Band {
+  const Plan<T>& plan;
+  int64_t bc, y0, y1;
+  const T *grad, *extremes;  // of the map
+  Normalize<T> by;
+  int normalize;
+};
+
+template <int REDUCE, typename T>
+FASTCAM_INLINE void sums_of_rows(const Band<T>& band, Workspace<T>& work, T* rows, Sums& sums) {
+  const Plan<T>& plan = band.plan;
+  const T highest = band.extremes[0], lowest = band.extremes[1];
+  const Normalize<T> by = band.by;
+  stretch_rows(plan, band.bc, band.y0, band.y1, work);
+  for (int64_t y = band.y0, stop; y < band.y1; y = stop) {
+    stop = std::min(plan.interval[y].stop, band.y1);
+    find_rows(plan, band.y0, band.y1, y, work);
+    fuse_interval<REDUCE>(plan, y, stop, work.between.data(), rows);
+    for (int64_t i = y; i < stop; ++i) {
+      constexpr int64_t N = 16;  // partial sums
+      T g_part[N] = {}, gy_part[N] = {}, highest_part[N] = {}, lowest_part[N] = {};
+      const T *g = band.grad + i * plan.W, *row = rows + (i - y) * plan.padded;
+      const auto add = [&](int64_t x, int64_t n) __attribute__((always_inline)) {
+        const T value = row[x + n] < by.least ? 0 : row[x + n];
+        g_part[n] += g[x + n];
+        gy_part[n] += g[x + n] * ((value - by.offset) * by.factor);
+        highest_part[n] += row[x + n] == highest ? 1 : 0;
+        lowest_part[n] += row[x + n] == lowest ? 1 : 0;
+      };
+      int64_t x = 0;
+      for (; x + N <= plan.W; x += N)
+        for (int64_t n = 0; n < N; ++n) add(x, n);
+      for (int64_t n = 0; n < plan.W - x; ++n) add(x, n);
+      for (int64_t n = 0; n < N; ++n) {
+        sums.g += g_part[n];
+        sums.gy += gy_part[n];
+        sums.highest += highest_part[n];
+        sums.lowest += lowest_part[n];
+      }
     }
   }
 }
 
-// What the gradient of map bc needs to know of all its pixels. `wide` holds its stretched rows, `row` padded numbers.
+// Gradient of the fused map before normalisation, of one row whose fused values are given, in place of g (padded):
+// factor * (g + at_highest [x = highest] + at_lowest [x = lowest]).
 template <typename T>
-FASTCAM_INLINE Gradient<T> gradient_of_map(const Plan<T>& plan, const T* grad, const T* extremes, int normalize, T eps,
-                                           const T* wide, Between<T>* between, T* row) {
-  const Normalize<T> by(extremes, normalize, eps);
-  double sum_g = 0, sum_gy = 0, highest = 0, lowest = 0;
-  for (int64_t y = 0; y < plan.H; ++y) {
-    constexpr int64_t N = 16;  // partial sums
-    T g_part[N] = {}, gy_part[N] = {}, highest_part[N] = {}, lowest_part[N] = {};
-    find_rows(plan, wide, 0, plan.H, y, between);
-    fuse_row(plan, between, row);
-    const T* g = grad + y * plan.W;
-    const auto add = [&](int64_t x, int64_t i) __attribute__((always_inline)) {
-      g_part[i] += g[x + i];
-      gy_part[i] += g[x + i] * ((row[x + i] - by.offset) * by.factor);
-      highest_part[i] += row[x + i] == extremes[0] ? 1 : 0;
-      lowest_part[i] += row[x + i] == extremes[1] ? 1 : 0;
-    };
-    int64_t x = 0;
-    for (; x + N <= plan.W; x += N)
-      for (int64_t i = 0; i < N; ++i) add(x, i);
-    for (int64_t i = 0; i < plan.W - x; ++i) add(x, i);
-    for (int64_t i = 0; i < N; ++i) {
-      sum_g += g_part[i];
-      sum_gy += gy_part[i];
-      highest += highest_part[i];
-      lowest += lowest_part[i];
-    }
-  }
-  const double at_highest = -sum_gy / highest, at_lowest = normalize == FUSE_BY_MINMAX ? (sum_gy - sum_g) / lowest : 0;
-  return {extremes[0], extremes[1], static_cast<T>(at_highest), static_cast<T>(at_lowest), by.factor};
-}
-
-// Gradients of the views of map bc. `wide` and `grad_wide` take its stretched rows, `rows` 2 * padded numbers.
-template <typename T>
-FASTCAM_INLINE void gradient(const Plan<T>& plan, int64_t bc, const T* grad, const T* extremes, int normalize, T eps,
-                             T* low, T* wide, T* grad_wide, Between<T>* between, T* rows) {
-  T *row = rows, *g = rows + plan.padded;
-  stretch_rows(plan, bc, 0, plan.H, low, wide);
-  Gradient<T> d = {0, 0, 0, 0, 1};
-  if (normalize != FUSE_BY_NOTHING) d = gradient_of_map(plan, grad, extremes, normalize, eps, wide, between, row);
-
-  std::fill(grad_wide, grad_wide + plan.stretched_size(0, plan.H), T(0));
-  for (int64_t y = 0; y < plan.H; ++y) {
-    find_rows(plan, wide, 0, plan.H, y, between);
-    const T* grad_row = grad + y * plan.W;
-    if (normalize != FUSE_BY_NOTHING || plan.max) fuse_row(plan, between, row);
+FASTCAM_INLINE void gradient_of_row(const Band<T>& band, const Sums& sums, const T* row, const T* grad, T* g) {
+  const Plan<T>& plan = band.plan;
+  std::fill(g + plan.W, g + plan.padded, T(0));
+  if (band.normalize == FUSE_BY_NOTHING) {
+    std::copy(grad, grad + plan.W, g);
+  } else {
+    const T highest = band.extremes[0], lowest = band.extremes[1];
+    const T least = band.by.least, factor = band.by.factor;
+    const T at_highest = static_cast<T>(-sums.gy / sums.highest);
+    const T at_lowest = band.normalize == FUSE_BY_MAX ? 0 : static_cast<T>((sums.gy - sums.g) / sums.lowest);
     for (int64_t x = 0; x < plan.W; ++x) {
-      T sum = grad_row[x];
-      if (normalize != FUSE_BY_NOTHING) {
-        sum += row[x] == d.highest ? d.at_highest : 0;
-        sum += row[x] == d.lowest ? d.at_lowest : 0;
-      }
-      g[x] = sum * d.factor;
+      T sum = row[x] < least ? 0 : grad[x];
+      sum += row[x] == highest ? at_highest : 0;
+      sum += row[x] == lowest ? at_lowest : 0;
+      g[x] = sum * factor;
     }
-    for (size_t i = 0; i < plan.groups.size(); ++i) {
-      const Between<T>& b = between[i];
+  }
+  if (plan.fused_floor == 0)
+    for (int64_t x = 0; x < plan.W; ++x) g[x] = row[x] <= 0 ? 0 : g[x];
+}
+
+// Shares of g for the groups of an interval that is one row: value i of group takes it or not.
+template <int REDUCE, typename T>
+FASTCAM_INLINE void share(const Plan<T>& plan, const Between<T>* between, const T* wide, T* grad_wide, const T* row,
+                          T* g, T* rest) {
+  const int64_t groups = plan.groups.size();
+  const T floor = plan.floor;
+  const auto at = [&](int64_t i, int64_t x) __attribute__((always_inline)) {
+    const T v = between[i].upper[x] + between[i].weight * (between[i].lower[x] - between[i].upper[x]);
+    return v < floor ? floor : v;
+  };
+  for (int64_t i = 0; i < groups; ++i) {
+    const Between<T>& b = between[i];
+    T *upper = grad_wide + (b.upper - wide), *lower = grad_wide + (b.lower - wide);
+    if (REDUCE == FUSE_PAIR_MAX && i % 2 == 0) std::copy(g, g + plan.padded, rest);
+    for (int64_t x = 0; x < plan.padded; ++x) {
+      const T v = at(i, x);
+      T part = g[x];
+      if (REDUCE == FUSE_MAX) {  // the first of equals takes the gradient and leaves none
+        part = v == row[x] ? g[x] : 0;
+        g[x] = v == row[x] ? 0 : g[x];
+      }
+      if (REDUCE == FUSE_PAIR_MAX && i % 2 == 0) {
+        part = v >= at(i + 1, x) ? g[x] : 0;
+        rest[x] -= part;
+      }
+      if (REDUCE == FUSE_PAIR_MAX && i % 2 == 1) part = rest[x];
+      part = v <= floor ? 0 : part;
+      upper[x] += part - b.weight * part;
+      lower[x] += b.weight * part;
+    }
+  }
+}
+
+// Gradients of the source rows that rows [y0, y1) come from, one group after another, into `low`. `grad_wide` takes
+// those of the stretched rows, `rows` as many rows as the longest interval, `sums_of_g` three more.
+template <int REDUCE, typename T>
+FASTCAM_INLINE void gradient_of_rows(const Band<T>& band, const Sums& sums, Workspace<T>& work, T* grad_wide, T* rows,
+                                     T* g, T* low) {
+  const Plan<T>& plan = band.plan;
+  const int64_t padded = plan.padded;
+  T *total = g + padded, *moment = g + 2 * padded;
+  const bool needs_rows = band.normalize != FUSE_BY_NOTHING || REDUCE == FUSE_MAX || plan.fused_floor == 0;
+  stretch_rows(plan, band.bc, band.y0, band.y1, work);
+  const T* wide = work.wide.get();
+  std::fill(grad_wide, grad_wide + plan.rows(band.y0, band.y1) * padded, T(0));
+  for (int64_t y = band.y0, stop; y < band.y1; y = stop) {
+    stop = std::min(plan.interval[y].stop, band.y1);
+    find_rows(plan, band.y0, band.y1, y, work);
+    if (needs_rows) fuse_interval<REDUCE>(plan, y, stop, work.between.data(), rows);
+    std::fill(total, total + 2 * padded, T(0));
+    for (int64_t i = y; i < stop; ++i) {
+      const T* row = rows + (i - y) * padded;
+      gradient_of_row(band, sums, row, band.grad + i * plan.W, g);
+      if (REDUCE != FUSE_MEAN) {
+        share<REDUCE>(plan, work.between.data(), wide, grad_wide, row, g, total);
+        continue;
+      }
+      const T k = i - plan.interval[y].start;
+      for (int64_t x = 0; x < padded; ++x) {
+        total[x] += g[x];
+        moment[x] += k * g[x];
+      }
+    }
+    if (REDUCE != FUSE_MEAN) continue;
+    for (const Between<T>& b : work.between) {
       T *upper = grad_wide + (b.upper - wide), *lower = grad_wide + (b.lower - wide);
-      for (int64_t x = 0; x < plan.W; ++x) {
-        const bool mine = !plan.max || at(b, x) == row[x];  // the first of equals takes the gradient and leaves none
-        const T share = mine ? g[x] : 0;
-        if (plan.max && mine) g[x] = 0;
-        upper[x] += share - b.weight * share;
-        lower[x] += b.weight * share;
+      for (int64_t x = 0; x < padded; ++x) {
+        const T below = b.weight * total[x] + b.step * moment[x];
+        upper[x] += total[x] - below;
+        lower[x] += below;
       }
     }
   }
-
   for (const Group<T>& group : plan.groups)
-    for (int64_t i = 0; i < group.h; ++i) {
-      std::fill(low, low + group.w + 1, T(0));
-      if (i >= plan.begin(group, 0) && i < plan.end(group, plan.H)) {
-        for (int64_t x = 0; x < plan.W; ++x) {
-          const T lower = group.columns.weight[x] * grad_wide[x];
-          low[group.columns.first[x]] += grad_wide[x] - lower;
-          low[group.columns.first[x] + 1] += lower;
+    for (int64_t i = plan.begin(group, band.y0); i < plan.end(group, band.y1); ++i, grad_wide += padded, low += group.w)
+      for (int64_t j = 0; j < group.w; ++j) {
+        T left = 0, right = 0;
+        for (int64_t x = group.columns.start[j]; x < group.columns.start[j + 1]; ++x) {
+          const T part = group.columns.weight[x] * grad_wide[x];
+          left += grad_wide[x] - part;
+          right += part;
         }
-        grad_wide += plan.padded;
+        low[j] = (j == 0 ? 0 : low[j]) + left;
+        if (j + 1 < group.w) low[j + 1] = right;
       }
-      for (const View<T>& view : group.views)
-        for (int64_t j = 0; j < group.w; ++j) {
-          const int64_t to = (bc * group.h + i) * group.w + (view.mirrored ? group.w - 1 - j : j);
-          view.grad[to] = plan.relu && view.data[to] <= 0 ? 0 : low[j] * plan.scale;
-        }
-    }
 }
 
-FASTCAM_MULTIVERSION void gradient_f32(const Plan<float>& plan, int64_t bc, const float* grad, const float* extremes,
-                                       int normalize, float eps, float* low, float* wide, float* grad_wide,
-                                       Between<float>* between, float* rows) {
-  gradient(plan, bc, grad, extremes, normalize, eps, low, wide, grad_wide, between, rows);
+FASTCAM_MULTIVERSION void sums_of_rows_f32(const Band<float>& band, Workspace<float>& work, float* rows, Sums& sums) {
+  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
+    sums_of_rows<reduce()>(band, work, rows, sums);
+  });
 }
-FASTCAM_MULTIVERSION void gradient_f64(const Plan<double>& plan, int64_t bc, const double* grad, const double* extremes,
-                                       int normalize, double eps, double* low, double* wide, double* grad_wide,
-                                       Between<double>* between, double* rows) {
-  gradient(plan, bc, grad, extremes, normalize, eps, low, wide, grad_wide, between, rows);
+FASTCAM_MULTIVERSION void sums_of_rows_f64(const Band<double>& band, Workspace<double>& work, double* rows,
+                                           Sums& sums) {
+  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
+    sums_of_rows<reduce()>(band, work, rows, sums);
+  });
+}
+FASTCAM_MULTIVERSION void gradient_of_rows_f32(const Band<float>& band, const Sums& sums, Workspace<float>& work,
+                                               float* grad_wide, float* rows, float* g, float* low) {
+  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
+    gradient_of_rows<reduce()>(band, sums, work, grad_wide, rows, g, low);
+  });
+}
+FASTCAM_MULTIVERSION void gradient_of_rows_f64(const Band<double>& band, const Sums& sums, Workspace<double>& work,
+                                               double* grad_wide, double* rows, double* g, double* low) {
+  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
+    gradient_of_rows<reduce()>(band, sums, work, grad_wide, rows, g, low);
+  });
 }
 
-// One map a task: its pixels are added up in one order, whatever the number of threads.
-template <typename T, typename Map>
+// Bands of a map meet in source rows: each leaves its share, and the shares are added from top to bottom, so that the
+// result does not depend on the number of threads.
+template <typename T, typename SumRows, typename GradientRows>
 void backward(const Plan<T>& plan, const T* grad, const T* stats, const bool* present, int64_t BC, int normalize, T eps,
-              int threads, Map map) {
+              int threads, SumRows sum_rows, GradientRows gradient_rows) {
+  const int64_t bands = (plan.H + BAND - 1) / BAND;
+  int64_t longest = 0;
+  for (const Interval& i : plan.interval) longest = std::max(longest, i.stop - i.start);
+  std::vector<int64_t> offset(bands + 1);
+  for (int64_t band = 0; band < bands; ++band)
+    offset[band + 1] = offset[band] + plan.sources(band * BAND, std::min(plan.H, (band + 1) * BAND));
+  std::unique_ptr<T[]> shares(new T[BC * offset[bands]]);
+  std::vector<Sums> sums(BC * bands);
+  const auto band_of = [&](int64_t i) {
+    const int64_t bc = i / bands, y0 = i % bands * BAND;
+    return Band<T>{plan, bc, y0, std::min(plan.H, y0 + BAND), grad + bc * plan.H * plan.W, stats + 2 * bc,
+                   Normalize<T>(stats + 2 * bc, normalize, eps), normalize};
+  };
+  if (normalize != FUSE_BY_NOTHING) {
+    parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) {
+      const Band<T> band = band_of(i);
+      if (present && !present[band.bc]) return;
+      Workspace<T> work(plan, band.y0, band.y1);
+      std::unique_ptr<T[]> rows(new T[longest * plan.padded]);
+      sum_rows(band, work, rows.get(), sums[i]);
+    });
+    for (int64_t bc = 0; bc < BC; ++bc)
+      for (int64_t i = 1; i < bands; ++i) {
+        Sums& all = sums[bc * bands];
+        const Sums& part = sums[bc * bands + i];
+        all = {all.g + part.g, all.gy + part.gy, all.highest + part.highest, all.lowest + part.lowest};
+      }
+  }
+  parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) {
+    const Band<T> band = band_of(i);
+    if (present && !present[band.bc]) return;
+    Workspace<T> work(plan, band.y0, band.y1);
+    std::unique_ptr<T[]> grad_wide(new T[plan.rows(band.y0, band.y1) * plan.padded]);
+    std::unique_ptr<T[]> rows(new T[(longest + 3) * plan.padded]);
+    gradient_rows(band, sums[band.bc * bands], work, grad_wide.get(), rows.get(), rows.get() + longest * plan.padded,
+                  shares.get() + band.bc * offset[bands] + offset[i % bands]);
+  });
   parallel_for(BC, 1, threads, [&](int64_t bc, int64_t) {
-    if (present && !present[bc]) {
-      for (const Group<T>& g : plan.groups)
-        for (const View<T>& v : g.views) std::fill(v.grad + bc * g.h * g.w, v.grad + (bc + 1) * g.h * g.w, T(0));
-      return;
+    std::vector<const T*> share(bands);
+    for (int64_t band = 0; band < bands; ++band) share[band] = shares.get() + bc * offset[bands] + offset[band];
+    std::vector<T> low;
+    for (const Group<T>& g : plan.groups) {
+      low.assign(g.h * g.w, T(0));
+      for (int64_t band = 0; band < bands && !(present && !present[bc]); ++band)
+        for (int64_t i = plan.begin(g, band * BAND) * g.w;
+             i < plan.end(g, std::min(plan.H, (band + 1) * BAND)) * g.w; ++i)
+          low[i] += *share[band]++;
+      for (const View<T>& view : g.views)
+        for (int64_t i = 0; i < g.h; ++i)
+          for (int64_t j = 0; j < g.w; ++j) {
+            const int64_t to = (bc * g.h + i) * g.w + (view.mirrored ? g.w - 1 - j : j);
+            view.grad[to] = plan.relu && view.data[to] <= 0 ? 0 : low[i * g.w + j] * plan.scale;
+          }
     }
-    Workspace<T> work(plan, 0, plan.H);
-    std::unique_ptr<T[]> grad_wide(new T[plan.stretched_size(0, plan.H)]), rows(new T[2 * plan.padded]);
-    map(plan, bc, grad + bc * plan.H * plan.W, stats + 2 * bc, normalize, eps, work.low.get(), work.wide.get(),
-        grad_wide.get(), work.between.data(), rows.get());
   });
 }
 
 }  // namespace
 
 void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, void* stats, bool f64, int64_t S, int64_t BC,
-                  int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce, int normalize,
+                  int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation, int reduce, int normalize,
                   bool align_corners, double eps, int threads) {
   if (f64) {
-    forward(Plan<double>(views, S, H, W, grid_h, grid_w, relu, reduce, align_corners), present,
-            static_cast<double*>(out), static_cast<double*>(stats), BC, normalize, eps, threads, fuse_rows_f64,
-            scale_f64);
+    forward(Plan<double>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners), present,
+            static_cast<double*>(out), static_cast<double*>(stats), BC, normalize, eps, threads, write_rows_f64);
   } else {
-    forward(Plan<float>(views, S, H, W, grid_h, grid_w, relu, reduce, align_corners), present, static_cast<float*>(out),
-            static_cast<float*>(stats), BC, normalize, static_cast<float>(eps), threads, fuse_rows_f32, scale_f32);
+    forward(Plan<float>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners), present,
+            static_cast<float*>(out), static_cast<float*>(stats), BC, normalize, static_cast<float>(eps), threads,
+            write_rows_f32);
   }
 }
 
 void cam_fuse_bwd(const void* grad, const int64_t* views, const void* stats, const bool* present, bool f64, int64_t S,
-                  int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce,
+                  int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation, int reduce,
                   int normalize, bool align_corners, double eps, int threads) {
   if (f64) {
-    backward(Plan<double>(views, S, H, W, grid_h, grid_w, relu, reduce, align_corners),
+    backward(Plan<double>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners),
              static_cast<const double*>(grad), static_cast<const double*>(stats), present, BC, normalize, eps, threads,
-             gradient_f64);
+             sums_of_rows_f64, gradient_of_rows_f64);
   } else {
-    backward(Plan<float>(views, S, H, W, grid_h, grid_w, relu, reduce, align_corners), static_cast<const float*>(grad),
-             static_cast<const float*>(stats), present, BC, normalize, static_cast<float>(eps), threads, gradient_f32);
+    backward(Plan<float>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners),
+             static_cast<const float*>(grad), static_cast<const float*>(stats), present, BC, normalize,
+             static_cast<float>(eps), threads, sums_of_rows_f32, gradient_of_rows_f32);
   }
 }
 

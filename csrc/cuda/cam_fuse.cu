@@ -19,6 +19,7 @@ constexpr int TILE_W = 32, TILE_H = 8;  // threads of a block: a warp lies along
 constexpr int ROWS = 4;                 // pixels of a thread, TILE_H apart
 constexpr int THREADS = TILE_W * TILE_H;
 constexpr int MOST_VIEWS = 64;  // kernel arguments hold 4 kB
+constexpr int MOST_COMPETING = 32;  // bits of a pixel's takers
 
 struct View {
   const void* data;
@@ -30,9 +31,13 @@ struct View {
 struct Problem {
   View views[MOST_VIEWS];
   const bool* present;
-  int S, H, W, grid_h, grid_w, reduce, normalize;
+  int S, H, W, grid_h, grid_w, activation, reduce, normalize;
   float scale, eps;
-  bool relu, align_corners;
+  bool align_corners;
+  // Whether not every view takes the gradient of every pixel.
+  __host__ __device__ bool compete() const {
+    return reduce == FUSE_MAX || reduce == FUSE_PAIR_MAX || activation == FUSE_RESIZED_RELU;
+  }
 };
 
 __device__ float to_float(float x) { return x; }
@@ -57,10 +62,12 @@ __device__ Neighbours neighbours(int i, int n, int grid, bool align_corners) {
 
 __device__ float lerp(float a, float b, float weight) { return __fmaf_rn(weight, __fsub_rn(b, a), a); }
 
-// Fused value of a pixel of map bc before normalisation, and the view that gives the maximum.
+// Fused value of a pixel of map bc before normalisation, and, a bit a view, the views that take its gradient.
 template <typename T>
-__device__ float fuse(const Problem& p, int64_t bc, int y, int x, int* winner) {
-  float fused = 0;
+__device__ float fuse(const Problem& p, int64_t bc, int y, int x, uint32_t* takers) {
+  float fused = 0, before = 0;
+  uint32_t bit_before = 0;
+  *takers = 0;
   for (int s = 0; s < p.S; ++s) {
     const View& v = p.views[s];
     const Neighbours rows = neighbours(y, v.h, p.grid_h, p.align_corners);
@@ -69,19 +76,25 @@ __device__ float fuse(const Problem& p, int64_t bc, int y, int x, int* winner) {
     const T* map = static_cast<const T*>(v.data) + bc * v.h * v.w;
     const auto at = [&](int i, int j) {
       const float value = to_float(map[static_cast<int64_t>(i) * v.w + j]);
-      return p.relu && value < 0 ? 0.0f : value;  // NaN stays
+      return p.activation == FUSE_RELU && value < 0 ? 0.0f : value;  // NaN stays
     };
     const float upper = lerp(at(rows.left, columns.left), at(rows.left, columns.right), columns.weight);
     const float lower = lerp(at(rows.right, columns.left), at(rows.right, columns.right), columns.weight);
-    const float value = lerp(upper, lower, rows.weight);
-    if (p.reduce != FUSE_MAX) {
+    float value = lerp(upper, lower, rows.weight);
+    uint32_t bit = s < MOST_COMPETING ? 1u << s : 0;
+    if (p.activation == FUSE_RESIZED_RELU && value <= 0) value = 0, bit = 0;
+    if (p.reduce == FUSE_MAX) {
+      if (s == 0 || value > fused || isnan(value)) fused = value, *takers = bit;
+    } else if (p.reduce == FUSE_PAIR_MAX && s % 2 == 0) {
+      before = value, bit_before = bit;
+    } else {
+      if (p.reduce == FUSE_PAIR_MAX && !(value > before || isnan(value))) value = before, bit = bit_before;
       fused = __fadd_rn(fused, value);
-    } else if (s == 0 || value > fused || isnan(value)) {
-      fused = value;
-      *winner = s;
+      *takers |= bit;
     }
   }
-  return __fmul_rn(fused, p.scale);
+  fused = __fmul_rn(fused, p.scale);
+  return p.activation == FUSE_FUSED_RELU && fused < 0 ? 0.0f : fused;
 }
 
 // The sum (or other operation) of every thread's numbers, in a fixed order; the result is thread 0's.
@@ -131,8 +144,8 @@ __global__ void extremes_kernel(const __grid_constant__ Problem p, float* extrem
   if (!is_present(p, bc)) return;
   float both[2] = {-INFINITY, INFINITY};
   for_pixels(p, [&](int y, int x) {
-    int winner;
-    const float value = fuse<T>(p, bc, y, x, &winner);
+    uint32_t takers;
+    const float value = fuse<T>(p, bc, y, x, &takers);
     for (int n = 0; n < 2; ++n) both[n] = Extreme()(n, both[n], value);
   });
   reduce_block(both, Extreme());
@@ -164,10 +177,17 @@ struct SumOfTiles : Sum {
   __device__ float start(int) const { return 0; }
 };
 
+// Normalised value = (x - offset) / divisor; under FUSE_BY_SEAM x below the offset counts as 0.
 struct Normalize {
   float offset, divisor;
+  bool lifts;
   __device__ Normalize(const Problem& p, const float* stats, int64_t bc)
-      : offset(p.normalize == FUSE_BY_MINMAX ? stats[2 * bc + 1] : 0.0f), divisor(stats[2 * bc] - offset + p.eps) {}
+      : offset(p.normalize == FUSE_BY_MAX ? 0.0f : stats[2 * bc + 1]),
+        divisor(stats[2 * bc] - offset + p.eps),
+        lifts(p.normalize == FUSE_BY_SEAM) {
+    if (lifts) offset += p.eps;
+  }
+  __device__ float operator()(float x) const { return ((lifts && x < offset ? 0.0f : x) - offset) / divisor; }
 };
 
 // A block owns one tile of one map and writes it, fused and normalised.
@@ -178,10 +198,10 @@ __global__ void forward_kernel(const __grid_constant__ Problem p, const float* s
   const Normalize by(p, stats, bc);
   for_pixels(p, [&](int y, int x) {
     float value = 0;
-    int winner;
+    uint32_t takers;
     if (present) {
-      value = fuse<T>(p, bc, y, x, &winner);
-      if (p.normalize != FUSE_BY_NOTHING) value = (value - by.offset) / by.divisor;
+      value = fuse<T>(p, bc, y, x, &takers);
+      if (p.normalize != FUSE_BY_NOTHING) value = by(value);
     }
     store(&out[(bc * p.H + y) * p.W + x], value);
   });
@@ -195,10 +215,10 @@ __global__ void sums_kernel(const __grid_constant__ Problem p, const T* grad, co
   const Normalize by(p, stats, bc);
   float sum[4] = {};
   for_pixels(p, [&](int y, int x) {
-    int winner;
-    const float value = fuse<T>(p, bc, y, x, &winner), g = to_float(grad[(bc * p.H + y) * p.W + x]);
+    uint32_t takers;
+    const float value = fuse<T>(p, bc, y, x, &takers), g = to_float(grad[(bc * p.H + y) * p.W + x]);
     sum[0] += g;
-    sum[1] += g * ((value - by.offset) / by.divisor);
+    sum[1] += g * by(value);
     sum[2] += value == stats[2 * bc];
     sum[3] += value == stats[2 * bc + 1];
   });
@@ -207,27 +227,27 @@ __global__ void sums_kernel(const __grid_constant__ Problem p, const T* grad, co
     for (int n = 0; n < 4; ++n) sums[4 * (bc * gridDim.y + blockIdx.y) + n] = sum[n];
 }
 
-// A block owns one tile of one map: the gradient before normalisation, and the view that won where the maximum is asked
-// for.
+// A block owns one tile of one map: the gradient before normalisation, and the views that take it where they compete.
 template <typename T>
 __global__ void backward_kernel(const __grid_constant__ Problem p, const T* grad, const float* stats,
-                                const float* totals, float* dx, uint8_t* winners) {
+                                const float* totals, float* dx, uint32_t* takers) {
   const int64_t bc = blockIdx.x;
   if (!is_present(p, bc)) return;
   const Normalize by(p, stats, bc);
   for_pixels(p, [&](int y, int x) {
     const int64_t at = (bc * p.H + y) * p.W + x;
-    int winner = 0;
-    const float value = fuse<T>(p, bc, y, x, &winner);
+    uint32_t mine;
+    const float value = fuse<T>(p, bc, y, x, &mine);
     float g = to_float(grad[at]);
     if (p.normalize != FUSE_BY_NOTHING) {
       const float* t = totals + 4 * bc;
+      if (by.lifts && value < by.offset) g = 0;
       if (value == stats[2 * bc]) g -= t[1] / t[2];
-      if (p.normalize == FUSE_BY_MINMAX && value == stats[2 * bc + 1]) g += (t[1] - t[0]) / t[3];
+      if (p.normalize != FUSE_BY_MAX && value == stats[2 * bc + 1]) g += (t[1] - t[0]) / t[3];
       g /= by.divisor;
     }
-    dx[at] = g;
-    if (p.reduce == FUSE_MAX) winners[at] = winner;
+    dx[at] = p.activation == FUSE_FUSED_RELU && value <= 0 ? 0.0f : g;
+    if (p.compete()) takers[at] = mine;
   });
 }
 
@@ -251,7 +271,7 @@ __device__ float share(int i, int position, int n, int grid, bool align_corners)
 // A warp owns one value of one view: its lanes take the columns that it reaches, and their sums are added in a fixed
 // order. D is the dtype of dx.
 template <typename T, typename D>
-__global__ void gather_kernel(const __grid_constant__ Problem p, int s, const D* dx, const uint8_t* winners) {
+__global__ void gather_kernel(const __grid_constant__ Problem p, int s, const D* dx, const uint32_t* takers) {
   const View& v = p.views[s];
   const int64_t bc = blockIdx.x, value = static_cast<int64_t>(blockIdx.y) * TILE_H + threadIdx.y;
   if (value >= static_cast<int64_t>(v.h) * v.w) return;
@@ -265,20 +285,20 @@ __global__ void gather_kernel(const __grid_constant__ Problem p, int s, const D*
       for (int x = xs.begin + threadIdx.x; x < xs.end; x += TILE_W) {
         const float both = share_y * share(j, x, v.w, p.grid_w, p.align_corners);
         const int64_t at = (bc * p.H + y) * p.W + x;
-        if (both > 0 && (p.reduce != FUSE_MAX || winners[at] == s)) total += both * to_float(dx[at]);
+        if (both > 0 && (!p.compete() || takers[at] >> s & 1)) total += both * to_float(dx[at]);
       }
     }
   }
   for (int step = 16; step > 0; step /= 2) total += __shfl_down_sync(0xffffffff, total, step);
   if (threadIdx.x == 0) {
     const int64_t at = (bc * v.h + i) * v.w + (v.mirrored ? v.w - 1 - j : j);
-    const bool clipped = p.relu && to_float(static_cast<const T*>(v.data)[at]) <= 0;
+    const bool clipped = p.activation == FUSE_RELU && to_float(static_cast<const T*>(v.data)[at]) <= 0;
     store(static_cast<T*>(v.grad) + at, clipped ? 0.0f : total * p.scale);
   }
 }
 
 Problem problem(const int64_t* views, const bool* present, int64_t S, int64_t H, int64_t W, int64_t grid_h,
-                int64_t grid_w, bool relu, int reduce, int normalize, bool align_corners, double eps) {
+                int64_t grid_w, int activation, int reduce, int normalize, bool align_corners, double eps) {
   if (S > MOST_VIEWS) throw std::invalid_argument("cam_fuse: expected at most 64 views, got " + std::to_string(S));
   Problem p = {};
   for (int64_t s = 0; s < S; ++s, views += 5) {
@@ -286,10 +306,11 @@ Problem problem(const int64_t* views, const bool* present, int64_t S, int64_t H,
                   static_cast<int>(views[1]), static_cast<int>(views[2]), views[3] != 0};
   }
   p.present = present;
-  p.S = S, p.H = H, p.W = W, p.grid_h = grid_h, p.grid_w = grid_w, p.reduce = reduce, p.normalize = normalize;
+  p.S = S, p.H = H, p.W = W, p.grid_h = grid_h, p.grid_w = grid_w;
+  p.activation = activation, p.reduce = reduce, p.normalize = normalize;
   p.scale = reduce == FUSE_MEAN ? 1.0f / S : 1.0f;
   p.eps = eps;
-  p.relu = relu, p.align_corners = align_corners;
+  p.align_corners = align_corners;
   return p;
 }
 
@@ -306,21 +327,24 @@ void forward(const Problem& p, int64_t BC, T* out, float* extremes, float* stats
 
 template <typename T>
 void backward(const Problem& p, int64_t BC, const T* grad, const float* stats, float* sums, float* totals, float* dx,
-              uint8_t* winner, cudaStream_t stream) {
+              uint32_t* takers, cudaStream_t stream) {
   const dim3 threads(TILE_W, TILE_H), blocks(BC, cam_fuse_tiles(p.H, p.W));
   if (p.normalize != FUSE_BY_NOTHING) {
     sums_kernel<T><<<blocks, threads, 0, stream>>>(p, grad, stats, sums);
     reduce_tiles_kernel<4><<<BC, threads, 0, stream>>>(p, sums, blocks.y, totals, SumOfTiles());
   }
-  const bool prepare = p.normalize != FUSE_BY_NOTHING || p.reduce == FUSE_MAX;
-  if (prepare) backward_kernel<T><<<blocks, threads, 0, stream>>>(p, grad, stats, totals, dx, winner);
+  if (p.compete() && p.S > MOST_COMPETING) {
+    throw std::invalid_argument("cam_fuse: expected at most 32 competing views, got " + std::to_string(p.S));
+  }
+  const bool prepare = p.normalize != FUSE_BY_NOTHING || p.compete() || p.activation == FUSE_FUSED_RELU;
+  if (prepare) backward_kernel<T><<<blocks, threads, 0, stream>>>(p, grad, stats, totals, dx, takers);
   for (int s = 0; s < p.S; ++s) {
     const int64_t values = static_cast<int64_t>(p.views[s].h) * p.views[s].w;
     const dim3 warps(BC, (values + TILE_H - 1) / TILE_H);
     if (prepare) {
-      gather_kernel<T><<<warps, threads, 0, stream>>>(p, s, static_cast<const float*>(dx), winner);
+      gather_kernel<T><<<warps, threads, 0, stream>>>(p, s, static_cast<const float*>(dx), takers);
     } else {
-      gather_kernel<T><<<warps, threads, 0, stream>>>(p, s, grad, winner);
+      gather_kernel<T><<<warps, threads, 0, stream>>>(p, s, grad, takers);
     }
   }
   check_launch("cam_fuse_bwd");
@@ -333,10 +357,10 @@ int64_t cam_fuse_tiles(int64_t H, int64_t W) {
 }
 
 void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, float* extremes, float* stats, int dtype,
-                  int64_t S, int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, bool relu, int reduce,
+                  int64_t S, int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation, int reduce,
                   int normalize, bool align_corners, double eps, void* stream) {
   if (BC == 0) return;
-  const Problem p = problem(views, present, S, H, W, grid_h, grid_w, relu, reduce, normalize, align_corners, eps);
+  const Problem p = problem(views, present, S, H, W, grid_h, grid_w, activation, reduce, normalize, align_corners, eps);
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == 0) forward(p, BC, static_cast<float*>(out), extremes, stats, on);
   if (dtype == 1) forward(p, BC, static_cast<__half*>(out), extremes, stats, on);
@@ -344,15 +368,15 @@ void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, float* e
 }
 
 void cam_fuse_bwd(const void* grad, const int64_t* views, const float* stats, const bool* present, float* sums,
-                  float* totals, float* dx, uint8_t* winner, int dtype, int64_t S, int64_t BC, int64_t H, int64_t W,
-                  int64_t grid_h, int64_t grid_w, bool relu, int reduce, int normalize, bool align_corners, double eps,
+                  float* totals, float* dx, uint32_t* takers, int dtype, int64_t S, int64_t BC, int64_t H, int64_t W,
+                  int64_t grid_h, int64_t grid_w, int activation, int reduce, int normalize, bool align_corners, double eps,
                   void* stream) {
   if (BC == 0) return;
-  const Problem p = problem(views, present, S, H, W, grid_h, grid_w, relu, reduce, normalize, align_corners, eps);
+  const Problem p = problem(views, present, S, H, W, grid_h, grid_w, activation, reduce, normalize, align_corners, eps);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (dtype == 0) backward(p, BC, static_cast<const float*>(grad), stats, sums, totals, dx, winner, on);
-  if (dtype == 1) backward(p, BC, static_cast<const __half*>(grad), stats, sums, totals, dx, winner, on);
-  if (dtype == 2) backward(p, BC, static_cast<const __nv_bfloat16*>(grad), stats, sums, totals, dx, winner, on);
+  if (dtype == 0) backward(p, BC, static_cast<const float*>(grad), stats, sums, totals, dx, takers, on);
+  if (dtype == 1) backward(p, BC, static_cast<const __half*>(grad), stats, sums, totals, dx, takers, on);
+  if (dtype == 2) backward(p, BC, static_cast<const __nv_bfloat16*>(grad), stats, sums, totals, dx, takers, on);
 }
 
 }  // namespace fastcam

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ def _fwd_fake(
     return x.new_empty((*x.shape[:2], *size)), x.new_empty((*x.shape[:2], 2), dtype=work)
 
 
+Activation = Literal["relu", "resized_relu", "fused_relu"]
+Reduce = Literal["sum", "mean", "max", "pair_max"]
+Normalize = Literal["max", "minmax", "seam"]
 POLICY = (
-    "Tensor? present, bool[] flips, SymInt[] size, SymInt[] grid, bool relu, str reduce, str? normalize, "
+    "Tensor? present, bool[] flips, SymInt[] size, SymInt[] grid, str? activation, str reduce, str? normalize, "
     "bool align_corners, float eps, str backend"
 )
 FWD = op(f"cam_fuse_fwd(Tensor[] cams, {POLICY}) -> (Tensor, Tensor)", fake=_fwd_fake)
@@ -68,9 +71,9 @@ def cam_fuse(
     grid: tuple[int, int] | None = None,
     flips: Sequence[bool] | None = None,
     present: Tensor | None = None,
-    activation: Literal["relu"] | None = "relu",
-    reduce: Literal["sum", "mean", "max"] = "sum",
-    normalize: Literal["max", "minmax"] | None = "max",
+    activation: Activation | None = "relu",
+    reduce: Reduce = "sum",
+    normalize: Normalize | None = "max",
     align_corners: bool = False,
     eps: float = 1e-5,
     backend: str | None = None,
@@ -83,16 +86,15 @@ def cam_fuse(
         \frac{x_{bc} - \min x_{bc}}{\max x_{bc} - \min x_{bc} + \epsilon}
 
     :math:`R` is bilinear interpolation as :func:`torch.nn.functional.interpolate` does it, without antialiasing. The
-    activation :math:`a` acts on the values of a view, before interpolation. The defaults are those of IRN's
-    ``make_cam``; its full-size maps also need ``grid``, ``size`` rounded up to multiples of 16. ``normalize="minmax",
-    eps=1e-8`` is MCTformer's. AFA's maximum of the two mirrored views and its ReLU after resizing are two calls: each
-    pair at full size with ``activation=None, reduce="max", normalize=None``, then these maps with
-    ``normalize="minmax"``.
+    activation :math:`a` acts on the values of a view before interpolation, after it, or on the reduced map. The
+    defaults are those of IRN's ``make_cam``; its full-size maps also need ``grid``, ``size`` rounded up to multiples of
+    16. :class:`fastcam.nn.CamFusion` knows the policies of published systems by name.
 
-    Cost: one read of the views and one write of the result, and 3 S H W multiply-adds for each present class and S
-    sizes of views; no other array of the result's size in ``cpp``, ``triton`` and ``cuda`` for float32 (``cpp`` rounds
-    a float32 result to 16 bits). Differentiable in ``cams``: the gradient of the maximum and of the minimum is shared
-    evenly by the pixels that hold it; where views tie under ``reduce="max"``, the first takes it all.
+    Cost: one read of the views and one write of the result, and at most 3 S H W multiply-adds for each present class
+    and S sizes of views; no other array of the result's size in ``cpp``, ``triton`` and ``cuda`` for float32 (``cpp``
+    rounds a float32 result to 16 bits). Differentiable in ``cams``: the gradient of the maximum and of the minimum is
+    shared evenly by the pixels that hold it; where views tie under ``reduce="max"`` or ``"pair_max"``, the first takes
+    it all.
 
     Args:
         cams: one tensor :math:`(B, C, h_s, w_s)` a view, any strides, float32, float16, bfloat16 (float64 in ``cpp``
@@ -103,10 +105,13 @@ def cam_fuse(
         flips: for each view, whether its image was mirrored horizontally; ``None``: none was.
         present: bool :math:`(B, C)`; absent classes give exactly 0, whatever their maps hold. ``None``: all are
             present.
-        activation: ``"relu"`` clips negative values of the views to 0; ``None`` leaves them.
-        reduce: ``"sum"``, ``"mean"`` or ``"max"`` over the views.
-        normalize: ``"max"``, ``"minmax"`` or ``None``; a zero map stays 0 under all three. ``"max"`` is meant for maps
-            that are somewhere positive.
+        activation: where negative values are clipped to 0: ``"relu"`` in the views (IRN, PSA), ``"resized_relu"`` in
+            the views after interpolation (AFA, ToCo), ``"fused_relu"`` in the reduced map (SEAM); ``None`` leaves them.
+        reduce: ``"sum"``, ``"mean"`` or ``"max"`` over the views, or ``"pair_max"``: the larger of an image's map and
+            that of its mirror image, which follow each other, summed over these pairs (AFA, ToCo).
+        normalize: ``"max"``, ``"minmax"``, ``"seam"`` or ``None``. ``"seam"`` is ``"minmax"`` of what is left when
+            values below :math:`\min x + \epsilon` are put to 0, less :math:`\epsilon` in the numerator. A zero map stays
+            0, under ``"seam"`` it becomes -1, as published. ``"max"`` is meant for maps that are somewhere positive.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
         eps: positive, added to the divisor.
         backend: ``"cpp"``, ``"triton"``, ``"cuda"``, ``"reference"``, or ``None`` to choose.
@@ -117,7 +122,7 @@ def cam_fuse(
 
     Raises:
         ValueError: no view, shapes that do not fit, two devices, an unknown activation, reduction or normalisation,
-            ``eps`` not positive.
+            an odd number of views under ``"pair_max"``, ``eps`` not positive.
         TypeError: dtypes that are not floating or differ, ``present`` not bool.
         BackendError: a backend asked for by name cannot run.
 
@@ -126,31 +131,45 @@ def cam_fuse(
         >>> cam_fuse([view, view], (1, 4), flips=[False, True], normalize=None)
         tensor([[[[4., 4., 4., 4.]]]])
     """
-    _check_shapes(cams, size, grid, flips, present)
+    name, policy = fusion_policy(
+        "cam_fuse", CANDIDATES, cams, size, grid, flips, present, activation, reduce, normalize, align_corners, eps, backend
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(cam.requires_grad for cam in cams):
+        return _CamFuse.apply(present, (*policy, name), *cams)
+    return FWD(list(cams), present, *policy, name)[0]
+
+
+def fusion_policy(
+    op: str, candidates: Mapping[str, backends.Predicate], cams: Sequence[Tensor], size: Sequence[int],
+    grid: Sequence[int] | None, flips: Sequence[bool] | None, present: Tensor | None, activation: str | None,
+    reduce: str, normalize: str | None, align_corners: bool, eps: float, backend: str | None,
+) -> tuple[str, tuple[Any, ...]]:  # fmt: skip
+    """Checks of the arguments that ``op`` shares with :func:`cam_fuse`; the backend, and the policy as schemas take it."""
+    _check_shapes(op, cams, size, grid, flips, present)
     for name, value, choices in (
-        ("activation", activation, ("relu", None)),
-        ("reduce", reduce, ("sum", "mean", "max")),
-        ("normalize", normalize, ("max", "minmax", None)),
+        ("activation", activation, (*get_args(Activation), None)),
+        ("reduce", reduce, get_args(Reduce)),
+        ("normalize", normalize, (*get_args(Normalize), None)),
     ):
         if value not in choices:
-            raise ValueError(f"cam_fuse: expected {name} {', '.join(map(repr, choices))}, got {value!r}")
+            raise ValueError(f"{op}: expected {name} {', '.join(map(repr, choices))}, got {value!r}")
+    if reduce == "pair_max" and len(cams) % 2:
+        raise ValueError(f"{op}: expected an even number of views under reduce 'pair_max', got {len(cams)}")
     if not eps > 0:
-        raise ValueError(f"cam_fuse: expected eps > 0, got {eps}")
-    check_same("cam_fuse", **{f"cams[{i}]": cam for i, cam in enumerate(cams)})
+        raise ValueError(f"{op}: expected eps > 0, got {eps}")
+    check_same(op, **{f"cams[{i}]": cam for i, cam in enumerate(cams)})
     if present is not None and present.dtype != torch.bool:
-        raise TypeError(f"cam_fuse: expected present of dtype bool, got {str(present.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{op}: expected present of dtype bool, got {str(present.dtype).removeprefix('torch.')}")
     if present is not None and present.device != cams[0].device:
-        raise ValueError(f"cam_fuse: expected one device, got cams on {cams[0].device}, present on {present.device}")
+        raise ValueError(f"{op}: expected one device, got cams on {cams[0].device}, present on {present.device}")
 
-    name = backends.resolve("cam_fuse", CANDIDATES, cams[0], backend)
     mirrored = [False] * len(cams) if flips is None else list(flips)
-    policy = mirrored, list(size), list(grid or size), activation == "relu", reduce, normalize, align_corners, eps, name
-    if torch.is_grad_enabled() and any(cam.requires_grad for cam in cams):
-        return _CamFuse.apply(present, policy, *cams)
-    return FWD(list(cams), present, *policy)[0]
+    policy = mirrored, list(size), list(grid or size), activation, reduce, normalize, align_corners, eps
+    return backends.resolve(op, candidates, cams[0], backend), policy
 
 
 def _check_shapes(
+    op: str,
     cams: Sequence[Tensor],
     size: Sequence[int],
     grid: Sequence[int] | None,
@@ -158,18 +177,18 @@ def _check_shapes(
     present: Tensor | None,
 ) -> None:
     if len(cams) == 0:
-        raise ValueError("cam_fuse: expected at least one view in cams, got none")
+        raise ValueError(f"{op}: expected at least one view in cams, got none")
     for i, cam in enumerate(cams):
         if cam.ndim != 4 or cam.shape[:2] != cams[0].shape[:2] or 0 in cam.shape[2:]:
             raise ValueError(
-                f"cam_fuse: expected cams (B, C, h_s, w_s) with the same B and C and at least one pixel, got cams[{i}] "
+                f"{op}: expected cams (B, C, h_s, w_s) with the same B and C and at least one pixel, got cams[{i}] "
                 f"{tuple(cam.shape)} beside cams[0] {tuple(cams[0].shape)}"
             )
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
-        raise ValueError(f"cam_fuse: expected size (H, W) of at least (1, 1), got {tuple(size)}")
+        raise ValueError(f"{op}: expected size (H, W) of at least (1, 1), got {tuple(size)}")
     if grid is not None and (len(grid) != 2 or grid[0] < size[0] or grid[1] < size[1]):
-        raise ValueError(f"cam_fuse: expected grid (h, w) no smaller than size {tuple(size)}, got {tuple(grid)}")
+        raise ValueError(f"{op}: expected grid (h, w) no smaller than size {tuple(size)}, got {tuple(grid)}")
     if flips is not None and len(flips) != len(cams):
-        raise ValueError(f"cam_fuse: expected one flag in flips for each of {len(cams)} views, got {len(flips)}")
+        raise ValueError(f"{op}: expected one flag in flips for each of {len(cams)} views, got {len(flips)}")
     if present is not None and present.shape != cams[0].shape[:2]:
-        raise ValueError(f"cam_fuse: expected present (B, C) = {tuple(cams[0].shape[:2])}, got {tuple(present.shape)}")
+        raise ValueError(f"{op}: expected present (B, C) = {tuple(cams[0].shape[:2])}, got {tuple(present.shape)}")

@@ -29,7 +29,18 @@ class TestCamFuse(OpTester):
         (2, 5, [(3, 4), (3, 4), (2, 3), (7, 5)], (37, 50), (48, 64), {"flips": [False, True, False, True]}),
         (1, 3, [(3, 4), (3, 4), (5, 6)], (13, 71), None, {"reduce": "max", "normalize": "minmax", "activation": None}),
         (1, 2, [(9, 40), (11, 33)], (5, 7), None, {"align_corners": True, "normalize": None, "reduce": "mean"}),
+        (1, 4, [(3, 4), (3, 4), (5, 6), (5, 6)], (40, 71), None, {"reduce": "pair_max", "activation": "resized_relu"}),
+        (1, 3, [(3, 4), (5, 6)], (17, 21), (20, 21), {"activation": "fused_relu", "normalize": "seam", "eps": 0.1}),
+        (1, 3, [(3, 4), (3, 4)], (17, 21), None, {"activation": "resized_relu", "reduce": "mean"}),
         (2, 21, [(6, 5), (6, 5), (12, 9)], (130, 70), None, {"flips": [False, True, True], "normalize": "minmax"}),
+    ]
+    # Every activation, reduction and normalisation, for the interpreter, which runs no other case.
+    policies: ClassVar = [
+        {"activation": "resized_relu", "reduce": "pair_max", "normalize": "minmax"},
+        {"activation": "fused_relu", "reduce": "sum", "normalize": "seam", "eps": 0.1},
+        {"activation": "resized_relu", "reduce": "mean", "normalize": None},
+        {"activation": None, "reduce": "max", "normalize": "max", "align_corners": True},
+        {"activation": "fused_relu", "reduce": "pair_max", "normalize": None},
     ]
     small: ClassVar = (
         2,
@@ -46,6 +57,12 @@ class TestCamFuse(OpTester):
         cams = [torch.randn(B, C, *shape, generator=g, dtype=torch.float64).to(device, dtype) for shape in shapes]
         present = (torch.arange(B * C, device=device) % 3 != 1).reshape(B, C)
         return (cams, size), {"grid": grid, "present": present, **options}
+
+    def test_every_policy_agrees_with_float64_reference(self, device, backend):
+        for policy in self.policies:
+            case = (1, 2, [(2, 3), (2, 3), (3, 4), (1, 2)], (5, 7), (6, 8), {"flips": [False, True] * 2, **policy})
+            self.compare(self.run_forward, case, torch.float32, device, backend)
+            self.compare(self.run_backward, case, torch.float32, device, backend)
 
     def test_equals_irn_make_cam(self, device, backend, golden):
         a = golden("irn_make_cam")
@@ -90,9 +107,29 @@ class TestCamFuse(OpTester):
         x = sum(p.relu() for p in pairs)
         x = x - x.amin((2, 3), keepdim=True)
         expected = x / (x.amax((2, 3), keepdim=True) + 1e-5)
-        raw = {"flips": [False, True], "activation": None, "reduce": "max", "normalize": None, "backend": backend}
-        merged = [cam_fuse(pair, (21, 30), **raw) for pair in ((a, b), (c, d))]
-        self.check(cam_fuse(merged, (21, 30), normalize="minmax", backend=backend), expected)
+        policy = {"activation": "resized_relu", "reduce": "pair_max", "normalize": "minmax"}
+        self.check(cam_fuse([a, b, c, d], (21, 30), flips=[False, True] * 2, **policy, backend=backend), expected)
+
+    def test_seam_clips_the_sum_and_puts_what_lies_near_the_minimum_to_zero(self, device, backend):
+        a, b, c, d = (x - 0.4 for x in self.random(device, (12, 14), (12, 14), (6, 7), (6, 7)))
+        a[0, 0] += 3  # a map whose minimum is positive
+        maps = (interpolate(v, (12, 14), align_corners=True) for v in (a, b.flip(-1), c, d.flip(-1)))
+        x = sum(maps).cpu().double().numpy()
+        x[x < 0] = 0
+        low, high = x.min((2, 3), keepdims=True), x.max((2, 3), keepdims=True)
+        assert low[0, 0] > 0
+        x[x < low + 1e-5] = 0
+        expected = torch.from_numpy((x - low - 1e-5) / (high - low + 1e-5)).float()
+        policy = {"activation": "fused_relu", "normalize": "seam", "align_corners": True}
+        fused = cam_fuse([a, b, c, d], (12, 14), flips=[False, True] * 2, **policy, backend=backend)
+        self.check(fused.cpu(), expected)
+
+    def test_one_stage_averages_scores_as_they_are(self, device, backend):
+        views = [v.softmax(1) for v in self.random(device, (3, 4), (3, 4), (5, 6), (5, 6), C=4)]
+        maps = [interpolate(v.flip(-1) if i % 2 else v, (21, 30)) for i, v in enumerate(views)]
+        policy = {"activation": None, "reduce": "mean", "normalize": None}
+        fused = cam_fuse(views, (21, 30), flips=[False, True] * 2, **policy, backend=backend)
+        self.check(fused, torch.stack(maps).mean(0))
 
     def test_aligned_corners_and_shrinking_equal_interpolate(self, device, backend):
         (a,) = self.random(device, (9, 33))
@@ -124,11 +161,11 @@ class TestCamFuse(OpTester):
         self.check(cam_fuse([a], (7, 9), backend=backend), a / (a.amax((2, 3), keepdim=True) + 1e-5))
 
     def test_zero_map_stays_zero_and_has_zero_gradient(self, device, backend):
-        for normalize in ("max", "minmax", None):
+        for normalize, value in (("max", 0), ("minmax", 0), ("seam", -1), (None, 0)):
             a = torch.zeros(1, 2, 3, 4, device=device, requires_grad=True)
             out = cam_fuse([a], (5, 7), normalize=normalize, backend=backend)
             out.sum().backward()
-            assert (out == 0).all()
+            torch.testing.assert_close(out, torch.full_like(out, value))
             assert (a.grad == 0).all()
 
     def test_all_absent_gives_zero_whatever_the_maps_hold(self, device, backend):
@@ -141,7 +178,7 @@ class TestCamFuse(OpTester):
     def test_nan_stays_in_its_class(self, device, backend):
         (a,) = self.random(device, (3, 4), C=3)
         a[0, 1, 2, 2] = torch.nan
-        for reduce in ("sum", "max"):
+        for reduce in ("sum", "max", "pair_max"):
             out = cam_fuse([a, a], (13, 18), reduce=reduce, backend=backend)
             assert out.isnan().flatten(2).all(2).tolist() == [[False, True, False]]
             assert not out[0, [0, 2]].isnan().any()
@@ -184,7 +221,7 @@ class TestCamFuse(OpTester):
 
     def test_opcheck(self, device, backend):
         (cams, _), options = self.inputs(self.small, torch.float32, device)
-        policy = options["present"], [False, True, True], [5, 7], [6, 8], True, "sum", "max", False, 1e-5, backend
+        policy = options["present"], [False, True, True], [5, 7], [6, 8], "relu", "sum", "max", False, 1e-5, backend
         torch.library.opcheck(FWD, (cams, *policy))
         out, stats = FWD(cams, *policy)
         torch.library.opcheck(BWD, (torch.ones_like(out), cams, stats, *policy))
@@ -206,9 +243,10 @@ class TestCamFuse(OpTester):
                 {"present": a[0, :, 0, 0] > 0},
             ),
             (r"expected present of dtype bool, got float32", TypeError, [a], (2, 2), {"present": a[..., 0, 0]}),
-            (r"expected activation 'relu', None, got 'gelu'", ValueError, [a], (2, 2), {"activation": "gelu"}),
-            (r"expected reduce 'sum', 'mean', 'max', got 'min'", ValueError, [a], (2, 2), {"reduce": "min"}),
-            (r"expected normalize 'max', 'minmax', None, got 'l2'", ValueError, [a], (2, 2), {"normalize": "l2"}),
+            (r"expected activation 'relu', .*, None, got 'gelu'", ValueError, [a], (2, 2), {"activation": "gelu"}),
+            (r"expected reduce 'sum', .*, 'pair_max', got 'min'", ValueError, [a], (2, 2), {"reduce": "min"}),
+            (r"expected normalize 'max', .*, None, got 'l2'", ValueError, [a], (2, 2), {"normalize": "l2"}),
+            (r"even number of views under reduce 'pair_max', got 1", ValueError, [a], (2, 2), {"reduce": "pair_max"}),
             (r"expected eps > 0, got 0", ValueError, [a], (2, 2), {"eps": 0}),
             (r"expected one dtype, got cams\[0\] float32, cams\[1\] float64", TypeError, [a, a.double()], (2, 2), {}),
         ):
@@ -217,12 +255,12 @@ class TestCamFuse(OpTester):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "reduce_max", "normalize"), [("fp32", False, 1), ("fp16", True, 2), ("bf16", True, 0)]
+    ("dtype", "activation", "reduce", "normalize"), [("fp32", 1, 0, 1), ("fp16", 0, 2, 2), ("bf16", 2, 3, 3)]
 )
-def test_triton_kernels_compile_for_several_gpu_generations(dtype, reduce_max, normalize):
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, activation, reduce, normalize):
     kernels = pytest.importorskip("fastcam.kernels.cam_fuse")
     BLOCK_H, BLOCK_W = kernels.blocks(500)
-    flags = {"RELU": True, "MAX": reduce_max, "ALIGN": reduce_max}
+    flags = {"ACTIVATION": activation, "REDUCE": reduce, "ALIGN": reduce == 2}
     tile = {**flags, "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
     normalized = {"NORMALIZE": normalize, **tile}
     x, f = f"*{dtype}", "*fp32"
@@ -234,8 +272,8 @@ def test_triton_kernels_compile_for_several_gpu_generations(dtype, reduce_max, n
         kernels._cam_fuse_fwd_kernel, {**maps, "stats_ptr": f, "out_ptr": x, **sizes, "eps": "fp32"}, normalized
     )
     compile_for_gpus(kernels._cam_fuse_sums_kernel, saved, normalized)
-    compile_for_gpus(kernels._cam_fuse_bwd_kernel, {**saved, "dx_ptr": f, "winner_ptr": "*u8"}, normalized)
+    compile_for_gpus(kernels._cam_fuse_bwd_kernel, {**saved, "dx_ptr": f, "takers_ptr": "*i32"}, normalized)
     shape = dict.fromkeys(("H", "W", "grid_h", "grid_w", "L", "h", "w", "offset", "mirrored", "view"), "i32")
-    pointers = {"dx_ptr": f, "winner_ptr": "*u8", "low_ptr": x, "present_ptr": "*u8", "grad_low_ptr": x}
+    pointers = {"dx_ptr": f, "takers_ptr": "*i32", "low_ptr": x, "present_ptr": "*u8", "grad_low_ptr": x}
     constants = {**flags, "BLOCK_W": 32, "BLOCK_X": kernels.BLOCK_X}
     compile_for_gpus(kernels._cam_fuse_gather_kernel, {**pointers, **shape, "scale": "fp32"}, constants)
