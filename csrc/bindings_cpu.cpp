@@ -35,6 +35,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ implementations of fastcam's ops, on addresses; fastcam.native calls them.";
   bind(m, "cam_fuse_fwd", cam_fuse_fwd);
   bind(m, "cam_fuse_bwd", cam_fuse_bwd);
+  bind(m, "cam_label_fwd", cam_label_fwd);
+  bind(m, "cam_sweep_fwd", cam_sweep_fwd);
   bind(m, "crf_mean_field_fwd", crf_mean_field_fwd);
   bind(m, "crf_mean_field_bwd", crf_mean_field_bwd);
   bind_lattice(m);

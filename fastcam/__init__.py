@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
     "cam_fuse": "fastcam.ops.cam_fuse",
+    "cam_label": "fastcam.ops.cam_label",
+    "cam_sweep": "fastcam.ops.cam_sweep",
     "prototype_similarity": "fastcam.ops.prototype_similarity",
     "crf_mean_field": "fastcam.ops.crf_mean_field",
     "Lattice": "fastcam.ops.crf_mean_field",

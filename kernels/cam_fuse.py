@@ -46,7 +46,7 @@ def _load(ptr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _fuse(
+def fuse(
     low_ptr, shapes_ptr, y, x, S, grid_h, grid_w, scale,
     ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _fuse(
 
 
 @triton.jit
-def _tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     pid = tl.program_id(1)
     y = pid // tiles_w * BLOCK_H + tl.arange(0, BLOCK_H)
     x = pid % tiles_w * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -101,7 +101,7 @@ def _tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _divisor(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
+def normalization(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
     highest, lowest = tl.load(stats_ptr + 2 * bc), tl.load(stats_ptr + 2 * bc + 1)
     subtracted = lowest if NORMALIZE >= 2 else 0.0
     divisor = highest - subtracted + eps
@@ -109,7 +109,7 @@ def _divisor(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _normalized(v, subtracted, divisor, NORMALIZE: tl.constexpr):
+def normalized(v, subtracted, divisor, NORMALIZE: tl.constexpr):
     if NORMALIZE == 3:
         v = tl.where(v < subtracted, 0.0, v)
     return (v - subtracted) / divisor
@@ -121,12 +121,12 @@ def _cam_fuse_extremes_kernel(
     ACTIVATION: tl.constexpr, REDUCE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: maximum and minimum of one tile of one map; NaN if it holds one."""
-    y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
+    y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     to_ptr = extremes_ptr + 2 * (bc * tl.num_programs(1) + tl.program_id(1))
     if tl.load(present_ptr + bc) != 0:
         # Beyond the edge the last pixel is repeated.
         y, x = tl.minimum(y, H - 1), tl.minimum(x, W - 1)
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         has_nan = tl.sum(tl.sum((v != v).to(tl.int32), 1), 0) > 0
         tl.store(to_ptr, tl.where(has_nan, float("nan"), tl.max(tl.max(v, 1), 0)))
         tl.store(to_ptr + 1, tl.where(has_nan, float("nan"), tl.min(tl.min(v, 1), 0)))
@@ -142,13 +142,13 @@ def _cam_fuse_fwd_kernel(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one map, fused and normalised."""
-    y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
+    y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     v = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
     if tl.load(present_ptr + bc) != 0:
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         if NORMALIZE != 0:
-            _, _, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
-            v = _normalized(v, subtracted, divisor, NORMALIZE)
+            _, _, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)
+            v = normalized(v, subtracted, divisor, NORMALIZE)
     to_ptr = out_ptr + bc * H * W + y[:, None] * W + x[None, :]
     tl.store(to_ptr, v.to(out_ptr.dtype.element_ty), mask=(y[:, None] < H) & (x[None, :] < W))
 
@@ -160,13 +160,13 @@ def _cam_fuse_sums_kernel(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program: of one tile of one map, the sums of g and of g y, and how many pixels hold maximum and minimum."""
-    y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
+    y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     if tl.load(present_ptr + bc) != 0:
         inside = (y[:, None] < H) & (x[None, :] < W)
-        v, _ = _fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
         g = tl.load(grad_ptr + bc * H * W + y[:, None] * W + x[None, :], mask=inside, other=0.0).to(tl.float32)
-        highest, lowest, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
-        gy = tl.where(inside, g * _normalized(v, subtracted, divisor, NORMALIZE), 0.0)
+        highest, lowest, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)
+        gy = tl.where(inside, g * normalized(v, subtracted, divisor, NORMALIZE), 0.0)
         to_ptr = sums_ptr + 4 * (bc * tl.num_programs(1) + tl.program_id(1))
         tl.store(to_ptr, tl.sum(tl.sum(g, 1), 0))
         tl.store(to_ptr + 1, tl.sum(tl.sum(gy, 1), 0))
@@ -183,16 +183,16 @@ def _cam_fuse_bwd_kernel(
 ):  # fmt: skip
     """One program: gradient of one tile of one fused map before normalisation, and the views that take it where they
     compete."""
-    y, x, bc = _tile(tiles_w, BLOCK_H, BLOCK_W)
+    y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     if tl.load(present_ptr + bc) != 0:
         inside = (y[:, None] < H) & (x[None, :] < W)
         at = bc * H * W + y[:, None] * W + x[None, :]
-        v, takers = _fuse(
+        v, takers = fuse(
             low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
         )
         g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if NORMALIZE != 0:
-            highest, lowest, subtracted, divisor = _divisor(stats_ptr, bc, eps, NORMALIZE)
+            highest, lowest, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)
             if NORMALIZE == 3:
                 g = tl.where(v < subtracted, 0.0, g)
             sum_g, sum_gy = tl.load(sums_ptr + 4 * bc), tl.load(sums_ptr + 4 * bc + 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fastcam.io import CamSet
+from fastcam.ops.cam_sweep import cam_sweep
 
 Absent = Literal["skip", "zero", "gt_only"]
 
@@ -144,14 +145,8 @@ def _counts(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def cam_threshold_sweep(
     camset: CamSet, target: Tensor, thresholds: Sequence[float] | Tensor, num_classes: int, ignore_index: int = 255
 ) -> Tensor:
-    """Confusion of `argmax([t; maps])` with the true labels for every constant background `t`, in one pass over the
-    pixels.
-
-    A pixel's best class does not depend on `t`, only whether it beats `t` does; so pixels are counted by true label,
-    best class and the number of thresholds that the best score exceeds, and the counts are summed from above. Exact:
-    equal scores go to the background.
-
-    Cost: one `scores`, one sort of the pixels into T + 1 bins; memory `8 (C + 1)^2 (T + 1)` bytes.
+    """Confusion of `argmax([t; maps])` with the true labels for every constant background `t`: `fastcam.cam_sweep` of
+    the stored maps at the size of the image.
 
     Args:
         camset: maps of one image; a stored background is not used.
@@ -171,34 +166,10 @@ def cam_threshold_sweep(
             f"cam_threshold_sweep: expected integer target {tuple(camset.size)}, "
             f"got {target.dtype} {tuple(target.shape)}"
         )
-    if len(camset.keys) and int(camset.keys[-1]) >= num_classes:
-        raise ValueError(
-            f"cam_threshold_sweep: expected keys below num_classes={num_classes}, got {int(camset.keys[-1])}"
-        )
-    labels = num_classes + 1
-    counts = target != ignore_index
-    true = target[counts].long()
-    if len(true) and (int(true.max()) > num_classes or int(true.min()) < 0):
-        raise ValueError(
-            f"cam_threshold_sweep: expected target from 0 to {num_classes}, got {int(true.min())} to {int(true.max())}"
-        )
-
-    planes = torch.as_tensor(thresholds).to(camset.maps).flatten()
-    ascending, order = planes.sort()
-    bins = len(planes) + 1
-    if len(camset.keys):
-        best, index = camset.scores(0.0)[1:, counts].max(0)
-        winner = camset.keys[index] + 1
-        beaten = torch.searchsorted(ascending, best.contiguous())  # thresholds strictly below the score
-    else:
-        winner = beaten = torch.zeros_like(true)
-    flat = (true * labels + winner) * bins + beaten
-    histogram = flat.bincount(minlength=labels * labels * bins).view(labels, labels, bins)
-    # threshold number j (ascending) loses to the scores that beat more than j thresholds
-    wins = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-    confusion = wins.permute(2, 0, 1).contiguous()
-    confusion[:, :, 0] += histogram.sum((1, 2)) - confusion.sum(2)
-    return torch.empty_like(confusion).index_copy_(0, order, confusion)
+    scores = camset.scores(0.0)[None, 1:]
+    return cam_sweep(
+        scores, target[None], thresholds, num_classes=num_classes, keys=camset.keys, ignore_index=ignore_index
+    )
 
 
 def tag_average_precision(scores: Tensor, tags: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ BWD = op(
 )
 
 
-def _in_float32(predicate: backends.Predicate) -> backends.Predicate:
+def only_float32(predicate: backends.Predicate) -> backends.Predicate:
+    """``predicate`` for backends that compute in float32."""
     return lambda x: "it computes in float32, got float64" if x.dtype == torch.float64 else predicate(x)
 
 
@@ -44,8 +45,8 @@ def _in_float32(predicate: backends.Predicate) -> backends.Predicate:
 CANDIDATES = {
     "cpp": backends.needs_cpp,
     "reference": backends.always,
-    "cuda": _in_float32(backends.needs_cuda),
-    "triton": _in_float32(backends.needs_gpu),
+    "cuda": only_float32(backends.needs_cuda),
+    "triton": only_float32(backends.needs_gpu),
 }
 
 

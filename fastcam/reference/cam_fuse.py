@@ -61,7 +61,10 @@ def cam_fuse_bwd(
         share = g if mine is None else torch.where(mine, g, 0)
         share = torch.where(view <= 0, 0, share) if activation == "resized_relu" else share
         share = F.pad(share, (0, grid[1] - size[1], 0, grid[0] - size[0]))
-        dx = torch.ops.aten.upsample_bilinear2d_backward(share, list(grid), list(cam.shape), align_corners)
+        shape = [share.shape[0] * share.shape[1], 1, *cam.shape[2:]]
+        dx = torch.ops.aten.upsample_bilinear2d_backward(
+            share.flatten(0, 1)[:, None], list(grid), shape, align_corners
+        ).reshape(cam.shape)
         dx = dx.flip(-1) if flip else dx
         grads.append((torch.where(cam <= 0, 0, dx) if activation == "relu" else dx).to(cam.dtype))
     return grads
@@ -76,8 +79,9 @@ def _resize(
         x = cam.to(torch.promote_types(cam.dtype, torch.float32))
         x = x.relu() if activation == "relu" else x
         x = x.flip(-1) if flip else x
-        x = F.interpolate(x, tuple(grid), mode="bilinear", align_corners=align_corners)
-        x = x[..., : size[0], : size[1]]
+        # A channel at a time: interpolate takes no image, but not no channel.
+        x = F.interpolate(x.flatten(0, 1)[:, None], tuple(grid), mode="bilinear", align_corners=align_corners)
+        x = x.reshape(*cam.shape[:2], *grid)[..., : size[0], : size[1]]
         views.append(x.relu() if activation == "resized_relu" else x)
     return views
 

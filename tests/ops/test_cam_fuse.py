@@ -25,6 +25,7 @@ class TestCamFuse(OpTester):
     # eps that is more than a rounding error of x.
     cases: ClassVar = [
         (0, 3, [(2, 2)], (4, 5), None, {}),
+        (2, 0, [(2, 2)], (4, 5), None, {}),
         (1, 1, [(1, 1)], (1, 1), None, {"eps": 0.5}),
         (2, 5, [(3, 4), (3, 4), (2, 3), (7, 5)], (37, 50), (48, 64), {"flips": [False, True, False, True]}),
         (1, 3, [(3, 4), (3, 4), (5, 6)], (13, 71), None, {"reduce": "max", "normalize": "minmax", "activation": None}),
