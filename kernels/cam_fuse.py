@@ -94,6 +94,7 @@ def fuse(
 
 @triton.jit
 def tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows, columns and first index (a map or an image) of this program."""
     pid = tl.program_id(1)
     y = pid // tiles_w * BLOCK_H + tl.arange(0, BLOCK_H)
     x = pid % tiles_w * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -102,6 +103,7 @@ def tile(tiles_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def normalization(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
+    """Maximum and minimum of a map, what is subtracted, and the divisor."""
     highest, lowest = tl.load(stats_ptr + 2 * bc), tl.load(stats_ptr + 2 * bc + 1)
     subtracted = lowest if NORMALIZE >= 2 else 0.0
     divisor = highest - subtracted + eps
@@ -110,6 +112,7 @@ def normalization(stats_ptr, bc, eps, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def normalized(v, subtracted, divisor, NORMALIZE: tl.constexpr):
+    """Fused values, normalised."""
     if NORMALIZE == 3:
         v = tl.where(v < subtracted, 0.0, v)
     return (v - subtracted) / divisor
@@ -126,7 +129,9 @@ def _cam_fuse_extremes_kernel(
     if tl.load(present_ptr + bc) != 0:
         # Beyond the edge the last pixel is repeated.
         y, x = tl.minimum(y, H - 1), tl.minimum(x, W - 1)
-        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(
+            low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
+        )
         has_nan = tl.sum(tl.sum((v != v).to(tl.int32), 1), 0) > 0
         tl.store(to_ptr, tl.where(has_nan, float("nan"), tl.max(tl.max(v, 1), 0)))
         tl.store(to_ptr + 1, tl.where(has_nan, float("nan"), tl.min(tl.min(v, 1), 0)))
@@ -145,7 +150,9 @@ def _cam_fuse_fwd_kernel(
     y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     v = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
     if tl.load(present_ptr + bc) != 0:
-        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(
+            low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
+        )
         if NORMALIZE != 0:
             _, _, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)
             v = normalized(v, subtracted, divisor, NORMALIZE)
@@ -163,7 +170,9 @@ def _cam_fuse_sums_kernel(
     y, x, bc = tile(tiles_w, BLOCK_H, BLOCK_W)
     if tl.load(present_ptr + bc) != 0:
         inside = (y[:, None] < H) & (x[None, :] < W)
-        v, _ = fuse(low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W)
+        v, _ = fuse(
+            low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
+        )
         g = tl.load(grad_ptr + bc * H * W + y[:, None] * W + x[None, :], mask=inside, other=0.0).to(tl.float32)
         highest, lowest, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)
         gy = tl.where(inside, g * normalized(v, subtracted, divisor, NORMALIZE), 0.0)

@@ -4,7 +4,6 @@ pixel. Only labels are written."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -29,7 +28,8 @@ def _cam_label_kernel(
         bc = b * C + c
         if tl.load(present_ptr + bc) != 0:
             v, _ = fuse(
-                low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale, ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W
+                low_ptr + bc * L, shapes_ptr, y, x, S, grid_h, grid_w, scale,
+                ACTIVATION, REDUCE, ALIGN, BLOCK_H, BLOCK_W,
             )  # fmt: skip
             if NORMALIZE != 0:
                 _, _, subtracted, divisor = normalization(stats_ptr, bc, eps, NORMALIZE)

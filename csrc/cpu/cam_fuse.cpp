@@ -1,5 +1,5 @@
-// Fusion of class activation maps: views (BC, h, w) of any number and size -> one map (BC, H, W). Maxima come first, from
-// the ends of intervals, then every value is written once, normalised.
+// Fusion of class activation maps: views (BC, h, w) of any number and size -> one map (BC, H, W). Maxima come first,
+// from the ends of intervals, then every value is written once, normalised.
 #include <algorithm>
 #include <cstring>
 
@@ -45,15 +45,13 @@ FASTCAM_INLINE void write_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int6
 
 FASTCAM_MULTIVERSION void write_rows_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1,
                                          const Normalize<float>& by, Workspace<float>& work, float* out) {
-  with_reduction(plan, [&](auto reduce) __attribute__((always_inline)) {
-    write_rows<reduce()>(plan, bc, y0, y1, by, work, out);
-  });
+  with_reduction(
+      plan, [&](auto reduce) __attribute__((always_inline)) { write_rows<reduce()>(plan, bc, y0, y1, by, work, out); });
 }
 FASTCAM_MULTIVERSION void write_rows_f64(const Plan<double>& plan, int64_t bc, int64_t y0, int64_t y1,
                                          const Normalize<double>& by, Workspace<double>& work, double* out) {
-  with_reduction(plan, [&](auto reduce) __attribute__((always_inline)) {
-    write_rows<reduce()>(plan, bc, y0, y1, by, work, out);
-  });
+  with_reduction(
+      plan, [&](auto reduce) __attribute__((always_inline)) { write_rows<reduce()>(plan, bc, y0, y1, by, work, out); });
 }
 
 template <typename T, typename Rows>
@@ -252,15 +250,13 @@ FASTCAM_INLINE void gradient_of_rows(const Band<T>& band, const Sums& sums, Work
 }
 
 FASTCAM_MULTIVERSION void sums_of_rows_f32(const Band<float>& band, Workspace<float>& work, float* rows, Sums& sums) {
-  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
-    sums_of_rows<reduce()>(band, work, rows, sums);
-  });
+  with_reduction(band.plan,
+                 [&](auto reduce) __attribute__((always_inline)) { sums_of_rows<reduce()>(band, work, rows, sums); });
 }
 FASTCAM_MULTIVERSION void sums_of_rows_f64(const Band<double>& band, Workspace<double>& work, double* rows,
                                            Sums& sums) {
-  with_reduction(band.plan, [&](auto reduce) __attribute__((always_inline)) {
-    sums_of_rows<reduce()>(band, work, rows, sums);
-  });
+  with_reduction(band.plan,
+                 [&](auto reduce) __attribute__((always_inline)) { sums_of_rows<reduce()>(band, work, rows, sums); });
 }
 FASTCAM_MULTIVERSION void gradient_of_rows_f32(const Band<float>& band, const Sums& sums, Workspace<float>& work,
                                                float* grad_wide, float* rows, float* g, float* low) {
@@ -290,8 +286,14 @@ void backward(const Plan<T>& plan, const T* grad, const T* stats, const bool* pr
   std::vector<Sums> sums(BC * bands);
   const auto band_of = [&](int64_t i) {
     const int64_t bc = i / bands, y0 = i % bands * BAND;
-    return Band<T>{plan, bc, y0, std::min(plan.H, y0 + BAND), grad + bc * plan.H * plan.W, stats + 2 * bc,
-                   Normalize<T>(stats + 2 * bc, normalize, eps), normalize};
+    return Band<T>{plan,
+                   bc,
+                   y0,
+                   std::min(plan.H, y0 + BAND),
+                   grad + bc * plan.H * plan.W,
+                   stats + 2 * bc,
+                   Normalize<T>(stats + 2 * bc, normalize, eps),
+                   normalize};
   };
   if (normalize != FUSE_BY_NOTHING) {
     parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) {
@@ -324,8 +326,8 @@ void backward(const Plan<T>& plan, const T* grad, const T* stats, const bool* pr
     for (const Group<T>& g : plan.groups) {
       low.assign(g.h * g.w, T(0));
       for (int64_t band = 0; band < bands && !(present && !present[bc]); ++band)
-        for (int64_t i = plan.begin(g, band * BAND) * g.w;
-             i < plan.end(g, std::min(plan.H, (band + 1) * BAND)) * g.w; ++i)
+        for (int64_t i = plan.begin(g, band * BAND) * g.w; i < plan.end(g, std::min(plan.H, (band + 1) * BAND)) * g.w;
+             ++i)
           low[i] += *share[band]++;
       for (const View<T>& view : g.views)
         for (int64_t i = 0; i < g.h; ++i)

@@ -1,5 +1,5 @@
-// Labels from class activation maps: views (B C, h, w) of any number and size -> labels (B, H, W). Maxima come first, as
-// in cam_fuse, then a band of rows is fused class after class and only the best class of each pixel is kept.
+// Labels from class activation maps: views (B C, h, w) of any number and size -> labels (B, H, W). Maxima come first,
+// as in cam_fuse, then a band of rows is fused class after class and only the best class of each pixel is kept.
 #include <algorithm>
 
 #include "cpu/cam_views.h"

@@ -13,7 +13,7 @@
 namespace fastcam {
 namespace {
 
-constexpr int64_t TILE = 1024;     // pixels whose best scores are found at once
+constexpr int64_t TILE = 1024;       // pixels whose best scores are found at once
 constexpr int64_t TASK = 64 * TILE;  // pixels of a task, which has counts of its own
 
 // How many of T ascending thresholds lie below a score. A table over equal steps between the first and the last gives

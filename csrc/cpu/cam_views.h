@@ -76,12 +76,12 @@ struct Interval {
 template <typename T>
 struct Plan {
   int64_t H, W, padded;
-  bool relu;         // of the views
-  bool linear;       // the fused map is a sum of blends; if not, every interval is one row
-  int reduce;        // of groups
-  T floor;           // resized views are clipped here: 0 or -infinity
-  T fused_floor;     // and the fused map here
-  T scale;           // of each view: 1, or 1 / S for the mean
+  bool relu;           // of the views
+  bool linear;         // the fused map is a sum of blends; if not, every interval is one row
+  int reduce;          // of groups
+  T floor;             // resized views are clipped here: 0 or -infinity
+  T fused_floor;       // and the fused map here
+  T scale;             // of each view: 1, or 1 / S for the mean
   int64_t widest = 0;  // numbers in the longest row of a view
   std::vector<Group<T>> groups;
   std::vector<Interval> interval;  // of every output row
@@ -100,9 +100,9 @@ struct Plan {
         interval(H) {
     for (const int64_t* v = views; v != views + 5 * S; v += 5) {
       const int64_t h = v[1], w = v[2];
-      auto group = !linear ? groups.end() : std::find_if(groups.begin(), groups.end(), [&](const Group<T>& g) {
-        return g.h == h && g.w == w;
-      });
+      auto group =
+          !linear ? groups.end()
+                  : std::find_if(groups.begin(), groups.end(), [&](const Group<T>& g) { return g.h == h && g.w == w; });
       if (group == groups.end()) {
         groups.push_back({h, w, {h, grid_h, H, H, align_corners}, {w, grid_w, W, padded, align_corners}, {}});
         group = groups.end() - 1;
@@ -197,8 +197,8 @@ FASTCAM_INLINE void stretch_rows(const Plan<T>& plan, int64_t bc, int64_t y0, in
     }
 }
 
-// Where the stretched rows of row y's interval lie, in a workspace that begins with those for row y0 and ends with those
-// for row y1 - 1.
+// Where the stretched rows of row y's interval lie, in a workspace that begins with those for row y0 and ends with
+// those for row y1 - 1.
 template <typename T>
 FASTCAM_INLINE void find_rows(const Plan<T>& plan, int64_t y0, int64_t y1, int64_t y, Workspace<T>& work) {
   const T* wide = work.wide.get();
@@ -262,8 +262,8 @@ FASTCAM_INLINE void fuse_block(const Plan<T>& plan, const Between<T>* between, i
   }
 }
 
-// Calls f(start, y, stop, x, base, slope) for the blocks of all intervals in rows [y0, y1): row y + i is base + (y + i -
-// start) * slope.
+// Calls f(start, y, stop, x, base, slope) for the blocks of all intervals in rows [y0, y1): row y + i is base + (y + i
+// - start) * slope.
 template <int REDUCE, typename T, typename F>
 FASTCAM_INLINE void for_blocks(const Plan<T>& plan, int64_t y0, int64_t y1, Workspace<T>& work, F f) {
   using V = typename Vector<T>::type;

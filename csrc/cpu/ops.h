@@ -5,8 +5,8 @@
 
 namespace fastcam {
 
-// views: S rows of (address of (BC, h, w), h, w, mirrored, address of its gradient); activation, reduce and normalize as
-// in csrc/cam_fuse.h; present may be null.
+// views: S rows of (address of (BC, h, w), h, w, mirrored, address of its gradient); activation, reduce and normalize
+// as in csrc/cam_fuse.h; present may be null.
 void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, void* stats, bool f64, int64_t S, int64_t BC,
                   int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation, int reduce, int normalize,
                   bool align_corners, double eps, int threads);

@@ -18,7 +18,7 @@ namespace {
 constexpr int TILE_W = 32, TILE_H = 8;  // threads of a block: a warp lies along a row
 constexpr int ROWS = 4;                 // pixels of a thread, TILE_H apart
 constexpr int THREADS = TILE_W * TILE_H;
-constexpr int MOST_VIEWS = 64;  // kernel arguments hold 4 kB
+constexpr int MOST_VIEWS = 64;      // kernel arguments hold 4 kB
 constexpr int MOST_COMPETING = 32;  // bits of a pixel's takers
 
 struct View {
@@ -357,8 +357,8 @@ int64_t cam_fuse_tiles(int64_t H, int64_t W) {
 }
 
 void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, float* extremes, float* stats, int dtype,
-                  int64_t S, int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation, int reduce,
-                  int normalize, bool align_corners, double eps, void* stream) {
+                  int64_t S, int64_t BC, int64_t H, int64_t W, int64_t grid_h, int64_t grid_w, int activation,
+                  int reduce, int normalize, bool align_corners, double eps, void* stream) {
   if (BC == 0) return;
   const Problem p = problem(views, present, S, H, W, grid_h, grid_w, activation, reduce, normalize, align_corners, eps);
   const auto on = static_cast<cudaStream_t>(stream);
@@ -369,8 +369,8 @@ void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, float* e
 
 void cam_fuse_bwd(const void* grad, const int64_t* views, const float* stats, const bool* present, float* sums,
                   float* totals, float* dx, uint32_t* takers, int dtype, int64_t S, int64_t BC, int64_t H, int64_t W,
-                  int64_t grid_h, int64_t grid_w, int activation, int reduce, int normalize, bool align_corners, double eps,
-                  void* stream) {
+                  int64_t grid_h, int64_t grid_w, int activation, int reduce, int normalize, bool align_corners,
+                  double eps, void* stream) {
   if (BC == 0) return;
   const Problem p = problem(views, present, S, H, W, grid_h, grid_w, activation, reduce, normalize, align_corners, eps);
   const auto on = static_cast<cudaStream_t>(stream);

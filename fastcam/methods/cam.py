@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcam.nn import FusedCams, create_backbone, fuse_views
+from fastcam.nn import CamFusion, FusedCams, create_backbone
 from fastcam.nn.optim import sgd_poly
 
 
@@ -84,14 +84,18 @@ class CAM(nn.Module):
         maps = F.relu(self.logits(images))
         return maps if tags is None else maps * (tags > 0)[:, :, None, None]
 
-    def fused_cams(self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None) -> FusedCams:
+    def fused_cams(
+        self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None, keys: Tensor | None = None
+    ) -> FusedCams:
         """Maps of several scales and their mirror images, fused as IRN's ``make_cam`` does: no background.
 
         At the size of one of the views, whole cells of the output stride are resized and the rest is cut
         (``high_res``); at any other size the maps are resized to just that (``cam``, at stride 4).
+        ``keys`` ``(n,)``: only the maps of these classes.
         """
         full = any(view.shape[-2:] == tuple(size) for view in views)
-        return fuse_views(self.cams, views, size, tags, multiple=self.config.output_stride if full else 1)
+        fusion = CamFusion("irn", multiple=self.config.output_stride if full else 1)
+        return fusion(self.cams, views, size, tags, keys)
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with a poly schedule; the classifier learns ``head_lr_factor`` times faster."""

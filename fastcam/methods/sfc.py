@@ -321,17 +321,23 @@ class SFC(nn.Module):
         maps = w_cam * weight_cams[:, 1:] + w_proto * proto_cams[:, 1:]
         return maps if tags is None else maps * (tags > 0)[:, :, None, None]
 
-    def fused_cams(self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None) -> FusedCams:
+    def fused_cams(
+        self, views: Sequence[Tensor], size: tuple[int, int], tags: Tensor | None = None, keys: Tensor | None = None
+    ) -> FusedCams:
         """Maps and background of several scales, each with its mirror image.
 
         The authors decide for the background where ``b + 0.4 >= 2 max_k m_k`` (b, m: summed over scales, divided by
         their maximum; both: M_W + proto_weight M_P). The returned background is scaled so that comparing it with the
-        maps is that rule.
+        maps is that rule. ``keys`` ``(n,)``: only the maps of these classes.
         """
         if not views:
             raise ValueError("sfc.fused_cams: expected at least one view, got none")
         weight_cams, proto_cams = zip(*(self.view_cams(view, tags) for view in views), strict=True)
         present = None if tags is None else with_background_tag(tags) > 0
+        if keys is not None:  # after the correlation and the choice of seeds, where all classes take part
+            channels = torch.cat([keys.new_zeros(1), keys + 1])
+            weight_cams, proto_cams = ([maps[:, channels] for maps in family] for family in (weight_cams, proto_cams))
+            present = None if present is None else present[:, channels]
         families = [
             weight * cam_fuse(maps, size, present=present, activation=None)
             for weight, maps in zip(self._family_weights(), (weight_cams, proto_cams), strict=True)

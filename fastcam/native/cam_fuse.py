@@ -109,4 +109,5 @@ def table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor]
 
 
 def address(x: Tensor | None) -> int:
+    """Address of the data, 0 for no tensor."""
     return 0 if x is None else x.data_ptr()

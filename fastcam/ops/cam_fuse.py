@@ -111,8 +111,9 @@ def cam_fuse(
         reduce: ``"sum"``, ``"mean"`` or ``"max"`` over the views, or ``"pair_max"``: the larger of an image's map and
             that of its mirror image, which follow each other, summed over these pairs (AFA, ToCo).
         normalize: ``"max"``, ``"minmax"``, ``"seam"`` or ``None``. ``"seam"`` is ``"minmax"`` of what is left when
-            values below :math:`\min x + \epsilon` are put to 0, less :math:`\epsilon` in the numerator. A zero map stays
-            0, under ``"seam"`` it becomes -1, as published. ``"max"`` is meant for maps that are somewhere positive.
+            values below :math:`\min x + \epsilon` are put to 0, less :math:`\epsilon` in the numerator. A zero map
+            stays 0, under ``"seam"`` it becomes -1, as published. ``"max"`` is meant for maps that are somewhere
+            positive.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
         eps: positive, added to the divisor.
         backend: ``"cpp"``, ``"triton"``, ``"cuda"``, ``"reference"``, or ``None`` to choose.
@@ -133,7 +134,8 @@ def cam_fuse(
         tensor([[[[4., 4., 4., 4.]]]])
     """
     name, policy = fusion_policy(
-        "cam_fuse", CANDIDATES, cams, size, grid, flips, present, activation, reduce, normalize, align_corners, eps, backend
+        "cam_fuse", CANDIDATES, cams, size, grid, flips, present, activation, reduce, normalize, align_corners, eps,
+        backend,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(cam.requires_grad for cam in cams):
         return _CamFuse.apply(present, (*policy, name), *cams)
@@ -145,7 +147,7 @@ def fusion_policy(
     grid: Sequence[int] | None, flips: Sequence[bool] | None, present: Tensor | None, activation: str | None,
     reduce: str, normalize: str | None, align_corners: bool, eps: float, backend: str | None,
 ) -> tuple[str, tuple[Any, ...]]:  # fmt: skip
-    """Checks of the arguments that ``op`` shares with :func:`cam_fuse`; the backend, and the policy as schemas take it."""
+    """Checks of the arguments that ``op`` shares with :func:`cam_fuse`; the backend, and what schemas take."""
     _check_shapes(op, cams, size, grid, flips, present)
     for name, value, choices in (
         ("activation", activation, (*get_args(Activation), None)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +62,8 @@ def cam_label(
         backend: ``"cpp"``, ``"triton"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
-        uint8 :math:`(B, H, W)`: 0 for background, class + 1 elsewhere. A NaN counts as infinity: its class wins. Without
-        a present class all is background.
+        uint8 :math:`(B, H, W)`: 0 for background, class + 1 elsewhere. A NaN counts as infinity: its class wins.
+        Without a present class all is background.
 
     Raises:
         ValueError: as :func:`cam_fuse`; more than 254 classes, a key outside [0, 254) (looked at on CPUs only),

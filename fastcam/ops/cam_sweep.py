@@ -68,8 +68,8 @@ def cam_sweep(
         backend: ``"cpp"``, ``"triton"``, ``"reference"``, or ``None`` to choose.
 
     Returns:
-        int64 :math:`(T, C + 1, C + 1)`, rows true, columns predicted, in the order of ``thresholds``. A NaN score counts
-        as infinity. Integers are added, so atomics in ``triton`` change nothing.
+        int64 :math:`(T, C + 1, C + 1)`, rows true, columns predicted, in the order of ``thresholds``. A NaN score
+        counts as infinity. Integers are added, so atomics in ``triton`` change nothing.
 
     Raises:
         ValueError: shapes that do not fit, two devices, a key outside [0, C) (looked at on CPUs only), a true label

@@ -22,7 +22,7 @@ def cam_label_fwd(
 
 
 def best_label(scores: Tensor, labels: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Label of the best present channel of ``(B, C, H, W)``, the first among equals, and its score; -inf without one."""
+    """Label of the best present channel of ``(B, C, H, W)``, the first among equals, and its score, or -inf."""
     scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
     if present is not None:
         scores = torch.where(present[:, :, None, None], scores, -torch.inf)

@@ -57,11 +57,10 @@ def image_cams(
         logits = torch.stack([method.tag_logits(view)[0] for view in batch])
         tags = (logits.sigmoid().mean(0) >= tag_threshold).float()
     small = (-(-size[0] // stride), -(-size[1] // stride))
-    fused = method.fused_cams(batch, small, tags[None].to(device))
-    keys = tags.nonzero().flatten().cpu()
-    maps = fused.maps[0].float().cpu()[keys]
+    keys = tags.nonzero().flatten()
+    fused = method.fused_cams(batch, small, tags[None].to(device), keys.to(device))
     background = None if fused.background is None else fused.background[0].float().cpu()
-    return CamSet(keys, maps, background, (size[0], size[1]))
+    return CamSet(keys.cpu(), fused.maps[0].float().cpu(), background, (size[0], size[1]))
 
 
 def make_cam(

@@ -97,7 +97,9 @@ class TestCamLabel(OpTester):
         keys = torch.tensor([1, 7, 200, 253])
         labels = cam_label(cams, (9, 9), background=0.3, keys=keys.to(device), backend=backend)
         self.check(labels, by_argmax(cams, (9, 9), 0.3, keys))
-        selected = cam_label([c[:, 1:3] for c in cams], (9, 9), background=0.3, keys=keys[1:3].to(device), backend=backend)
+        selected = cam_label(
+            [c[:, 1:3] for c in cams], (9, 9), background=0.3, keys=keys[1:3].to(device), backend=backend
+        )
         masked = torch.tensor([[False, True, True, False]], device=device)
         everything = cam_label(cams, (9, 9), background=0.3, keys=keys.to(device), present=masked, backend=backend)
         assert torch.equal(selected, everything)

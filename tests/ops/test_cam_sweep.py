@@ -79,7 +79,9 @@ class TestCamSweep(OpTester):
 
     def test_nan_counts_as_infinity(self, device, backend):
         scores = torch.tensor([[[[torch.nan, torch.inf]], [[2.0, 0.0]]]], device=device)
-        counts = cam_sweep(scores, torch.ones(1, 1, 2, device=device).long(), [0.5, 9.0], num_classes=2, backend=backend)
+        counts = cam_sweep(
+            scores, torch.ones(1, 1, 2, device=device).long(), [0.5, 9.0], num_classes=2, backend=backend
+        )
         assert counts[:, 1].tolist() == [[0, 2, 0]] * 2
 
     def test_nothing_to_count(self, device, backend):
