@@ -100,10 +100,11 @@ def cam_sweep(
     ascending, order = planes.sort()
     histogram = FWD(scores, target, ascending, labels, present, num_classes, ignore_index, backend)
     # Threshold number j, ascending, loses to the scores that exceed more than j thresholds.
-    wins = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-    confusion = wins.permute(2, 0, 1).contiguous()
-    confusion[:, :, 0] += histogram.sum((1, 2)) - confusion.sum(2)
-    return torch.empty_like(confusion).index_copy(0, order, confusion)
+    sums = histogram.cumsum(-1)
+    wins = (sums[..., -1:] - sums[..., :-1]).permute(2, 0, 1)
+    confusion = wins[order.argsort()]
+    confusion[:, :, 0] += sums[..., -1].sum(1) - confusion.sum(2)
+    return confusion
 
 
 def _name(x: Tensor) -> str:

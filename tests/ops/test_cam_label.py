@@ -129,7 +129,7 @@ class TestCamLabel(OpTester):
             with pytest.raises(error, match="^cam_label: .*" + match):
                 cam_label(**arguments, backend=backend)
         if device == "cpu":
-            with pytest.raises(ValueError, match="^cam_label: expected keys from 0 to 253, got 254"):
+            with pytest.raises(ValueError, match=r"^cam_label: expected keys from 0 to 253, got 254"):
                 cam_label([a], (2, 2), background=0.3, keys=torch.tensor([0, 254]), backend=backend)
 
 
