@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -242,11 +242,11 @@ class Cam(nn.Module):
         if self._classifier is not None:
             output, _ = self._run(images, needs_gradient=False)
             features = self._form(output)
-            weight = self._classifier.weight.flatten(1).to(features.dtype)
+            weight = cast(Tensor, self._classifier.weight).flatten(1).to(features.dtype)
             if weight.shape[1] != features.shape[1]:
                 raise ValueError(
-                    f"Cam: expected a classifier of the layer's {features.shape[1]} features, got weight "
-                    f"{tuple(self._classifier.weight.shape)}"
+                    f"Cam: expected a classifier of the layer's {features.shape[1]} features, got weight of "
+                    f"{weight.shape[1]}"
                 )
             return torch.einsum("bdhw,nd->bnhw", features, weight if keys is None else weight[keys])
         differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

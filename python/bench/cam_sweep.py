@@ -19,9 +19,12 @@ def one_threshold(scores: Tensor, target: Tensor, t: Tensor, C: int) -> Tensor:
     )[:-1].reshape(C + 1, C + 1)  # fmt: skip
 
 
-def torch_loop(scores: Tensor, target: Tensor, thresholds: Tensor, C: int, one=compiled(one_threshold)) -> Tensor:
+compiled_threshold = compiled(one_threshold)
+
+
+def torch_loop(scores: Tensor, target: Tensor, thresholds: Tensor, C: int) -> Tensor:
     """One arg-max and one confusion matrix a threshold, each compiled."""
-    return torch.stack([one(scores, target, t, C) for t in thresholds])
+    return torch.stack([compiled_threshold(scores, target, t, C) for t in thresholds])
 
 
 def numpy_loop(scores: Tensor, target: Tensor, thresholds: Tensor, C: int) -> Tensor:
