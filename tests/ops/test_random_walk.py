@@ -32,12 +32,12 @@ class TestRandomWalk(OpTester):
     cases = (
         (0, 2, 4, 5, 3, 4, "chebyshev"),
         (2, 0, 4, 5, 3, 4, "chebyshev"),
-        (1, 1, 1, 1, 5, 256, "chebyshev"),
+        (1, 1, 1, 1, 3, 64, "chebyshev"),
         (1, 3, 3, 4, 7, 9, "steps"),
         (2, 2, 4, 5, 1, 64, "chebyshev"),
-        (1, 1, 9, 21, 5, 256, "chebyshev"),
+        (1, 1, 9, 21, 5, 64, "chebyshev"),
         (1, 4, 12, 37, 5, 33, "chebyshev"),
-        (2, 7, 23, 18, 4, 128, "chebyshev"),
+        (2, 7, 23, 18, 4, 40, "chebyshev"),
     )
     small = (2, 2, 4, 5, 3, 24, "chebyshev")
 
