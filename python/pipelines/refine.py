@@ -251,9 +251,14 @@ def refine(
     """
     _check(how, background, power, method, weights, instances)
     if how in ("irn", "psa"):
-        return _refine_learned(
-            data, cams, out, how, crf, background, power, method or {}, seeds, trainer, weights, instances, device, workers
-        )
+        from fastcam.pipelines._affinity import train_network, walk  # needs what is here
+
+        if weights is None:
+            recipe, labels_crf = {"name": how, **(method or {})}, dataclasses.replace(crf, preset=crf.preset or how)
+            weights = train_network(
+                data, cams, out / "network", recipe, seeds.resolved(how), labels_crf, trainer, device, workers
+            )
+        return walk(data, cams, out, how, weights, background, power, instances, device, workers)
     dataset = open_data(data, folder_classes(cams), need_tags=False)
     pixel.check()
     settings = {"crf": crf.resolved()} if how == "crf" else {"pixel": dataclasses.asdict(pixel)}
@@ -294,29 +299,3 @@ def _check(
         raise FastcamError(f"method.name is {method['name']}, and how is {how}; leave the name out")
     if method and weights is not None:
         raise FastcamError("method describes a network to train, and weights is a trained one; give one of them")
-
-
-def _refine_learned(
-    data: Data,
-    cams: Path,
-    out: Path,
-    how: str,
-    crf: Crf,
-    background: float | None,
-    power: float | None,
-    method: dict[str, Any],
-    seeds: Seeds,
-    trainer: TrainerConfig,
-    weights: Path | None,
-    instances: Path | None,
-    device: str,
-    workers: int,
-) -> PassResult:
-    from fastcam.pipelines._affinity import train_network, walk  # needs what is here
-
-    if weights is None:
-        crf = dataclasses.replace(crf, preset=crf.preset or how)  # type: ignore[arg-type]
-        recipe = {"name": how, **method}
-        folder = out / "network"
-        weights = train_network(data, cams, folder, recipe, seeds.resolved(how), crf, trainer, device, workers)
-    return walk(data, cams, out, how, weights, background, power, instances, device, workers)
