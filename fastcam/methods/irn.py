@@ -293,14 +293,15 @@ class IRN(nn.Module):
                 where they are not sure.
 
         Returns:
-            ``"loss"`` = (``"loss_affinity"`` + ``"loss_displacement"``), the first half of the sum of the positive and
-            the negative loss, the second of the foreground and the background one. 0 where no pair is labelled.
+            ``"loss"``, the sum of ``"loss_affinity"`` (half positive, half negative) and ``"loss_displacement"`` (half
+            foreground, half background). 0 where no pair is labelled.
         """
         stages, radius = self._stages(batch["image"]), self.config.train_radius
         boundary = self.boundary(stages).float().sigmoid()
         pairs = label_pairs(labels_at(batch["mask"], boundary.shape[-2:]), radius)
         affinity = affinity_loss(path_affinity(boundary, radius=radius), pairs)
-        displacement = sum(displacement_loss(self.displacement(stages).float(), pairs, radius)) / 2
+        foreground, background = displacement_loss(self.displacement(stages).float(), pairs, radius)
+        displacement = (foreground + background) / 2
         return {"loss": affinity + displacement, "loss_affinity": affinity, "loss_displacement": displacement}
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
@@ -361,7 +362,8 @@ class IRN(nn.Module):
             background: constant score of the background. It stands beside the walked maps; the authors have 0.25.
 
         Returns:
-            Scores ``(B, 1 + classes, H, W)``, background first: divided by the image's largest, a map that is 0 stays 0.
+            Scores ``(B, 1 + classes, H, W)``, background first. What walked is divided by the image's largest value; if
+            that is 0 it stays 0.
         """
         scores = self._enlarged(self.walk(self._at_stride(images, maps), self.relations(images)[0]), images)
         return scores if background is None else F.pad(scores, (0, 0, 0, 0, 1, 0), value=background)

@@ -78,8 +78,8 @@ class AffinityHead(nn.Module):
         self.levels = nn.ModuleList(nn.Conv2d(c, d, 1, bias=False) for c, d in zip(channels, out, strict=True))
         self.norms = nn.ModuleList(nn.GroupNorm(d // math.gcd(8, d), d) if group_norm else nn.Identity() for d in out)
         self.join = nn.Conv2d(sum(out), sum(out), 1, bias=False)
-        for level in self.levels:
-            nn.init.kaiming_normal_(level.weight)
+        for weight in self.levels.parameters():
+            nn.init.kaiming_normal_(weight)
         nn.init.xavier_uniform_(self.join.weight, gain=4)
 
     def forward(self, stages: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,6 @@ def displacement_loss(displacement: Tensor, pairs: Pairs, radius: int) -> tuple[
     return foreground, background
 
 
-def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def labels_at(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Labels ``(B, H, W)`` at the centres of the cells of a coarser map of ``size``."""
-    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()

@@ -54,7 +54,9 @@ def write_seeds(
 
     def one(image_id: str) -> None:
         camset = load_cams(cams / f"{image_id}.npz")
-        write_label_png(out / f"{image_id}.png", seed_label(camset, load_image(dataset, image_id, camset.size), seeds, crf))
+        write_label_png(
+            out / f"{image_id}.png", seed_label(camset, load_image(dataset, image_id, camset.size), seeds, crf)
+        )
 
     def work(ids: Iterable[str]) -> Iterator[None]:
         return ordered_map(one, ids, workers)
@@ -107,7 +109,9 @@ def train_network(
 
     def calibrate(trained: Any) -> None:
         target = pick_device(device)
-        views = (multi_scale(item["image"].as_subclass(Tensor), (1.0,), mean=mean, std=std) for item in images)
+        views = (
+            multi_scale(images[i]["image"].as_subclass(Tensor), (1.0,), mean=mean, std=std) for i in range(len(images))
+        )
         trained.to(target).calibrate(view[None].to(target) for (view,) in views)
 
     finish = calibrate if hasattr(network, "calibrate") else None

@@ -219,7 +219,7 @@ def refine(
     pixel: Pixel = Pixel(),
     method: dict[str, Any] | None = None,
     seeds: Seeds = Seeds(),
-    trainer: TrainerConfig = TrainerConfig(),
+    trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
     weights: Path | None = None,
     instances: Path | None = None,
     device: str = "auto",
@@ -269,7 +269,10 @@ def refine(
         camset = load_cams(cams / f"{image_id}.npz")
         image = load_image(dataset, image_id, camset.size)
         scores = own_background(camset, image_id, background, power)
-        refined = crf_scores(scores, image, crf) if how == "crf" else pixel_scores(scores, image, how, pixel)
+        if how == "crf":
+            refined = crf_scores(scores, image, crf)
+        else:
+            refined = pixel_scores(scores, image, "par" if how == "par" else "pamr", pixel)
         save_cams(out / f"{image_id}.npz", CamSet(camset.keys, refined[1:], refined[0], camset.size))
 
     def work(ids: Iterable[str]) -> Iterator[None]:

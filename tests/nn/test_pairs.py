@@ -87,7 +87,9 @@ def test_mean_of_nothing_is_zero():
     assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)).item() == 0
 
 
-@pytest.mark.parametrize(("shape", "size"), [((16, 24), (4, 6)), ((33, 48), (9, 12)), ((5, 5), (5, 5)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((16, 24), (4, 6)), ((33, 48), (9, 12)), ((5, 5), (5, 5)), ((1, 1), (1, 1))]
+)
 def test_small_labels_are_those_of_pillows_nearest(shape, size):
     labels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     expected = np.array(Image.fromarray(labels.numpy()).resize(size[::-1], Image.Resampling.NEAREST))
