@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,8 @@ def refine(
             weights = train_network(
                 data, cams, out / "network", recipe, seeds.resolved(how), labels_crf, trainer, device, workers
             )
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # a process that helped to train; the first one walks
+                return PassResult(out, 0, 0, 0.0)
         return walk(data, cams, out, how, weights, background, power, instances, device, workers)
     dataset = open_data(data, folder_classes(cams), need_tags=False)
     pixel.check()

@@ -152,6 +152,12 @@ class TestIRN:
         mean = load_weights(tmp_path / "network" / "weights.safetensors")[0]["displacement.mean"]
         assert torch.equal(mean, load_weights(network)[0]["displacement.mean"])
 
+    def test_of_several_processes_that_trained_only_the_first_walks(self, irn, data, cams, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr(_affinity, "walk", None)
+        result = refine(data, cams, irn / "cams", how="irn", crf=CRF, seeds=SEEDS, method=IRN, trainer=ONE)
+        assert result.written == 0
+
     def test_other_settings_of_the_network_are_refused_with_the_change(self, irn, data, cams):
         with pytest.raises(FastcamError, match=r"another configuration \(method.lr: unset -> 0.5\)"):
             refine(data, cams, irn / "cams", how="irn", crf=CRF, seeds=SEEDS, method={**IRN, "lr": 0.5}, trainer=ONE)
