@@ -72,6 +72,8 @@ def train_network(
     seeds: Seeds,
     crf: Crf,
     trainer: TrainerConfig,
+    background: float | None,
+    power: float | None,
     device: str,
     workers: int,
 ) -> Path:
@@ -85,6 +87,8 @@ def train_network(
         seeds: which pixels are sure.
         crf: of the labels.
         trainer: epochs, batches, precision, devices.
+        background: of the walk that follows; tried on one image, so that a missing one shows before the training.
+        power: likewise.
         device: for IRN's mean displacement, behind the training.
         workers: threads that write the labels.
 
@@ -103,6 +107,7 @@ def train_network(
 
     with seeded_init(trainer.seed):
         network: Any = create_method(num_classes=len(images.classes), **method)
+    own_background(load_cams(cams / f"{images.ids[0]}.npz"), images.ids[0], background, power)
     write_seeds(images, cams, out / "labels", labels, seeds, crf, workers)
     mean, std = network.normalize
     transform = train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)

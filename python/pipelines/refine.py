@@ -256,8 +256,9 @@ def refine(
 
         if weights is None:
             recipe, labels_crf = {"name": how, **(method or {})}, dataclasses.replace(crf, preset=crf.preset or how)
+            folder, sure = out / "network", seeds.resolved(how)
             weights = train_network(
-                data, cams, out / "network", recipe, seeds.resolved(how), labels_crf, trainer, device, workers
+                data, cams, folder, recipe, sure, labels_crf, trainer, background, power, device, workers
             )
             if os.environ.get("LOCAL_RANK", "0") != "0":  # a process that helped to train; the first one walks
                 return PassResult(out, 0, 0, 0.0)

@@ -262,9 +262,10 @@ def test_settings_that_do_not_belong_together_are_refused_before_anything_is_wri
     assert not (tmp_path / "out").exists()
 
 
-def test_cams_without_background_need_one(network, data, cams, tmp_path):
+@pytest.mark.parametrize("how", ["irn", "psa", "par"])
+def test_cams_without_background_need_one_and_say_so_before_any_training(how, data, cams, tmp_path):
     with pytest.raises(FastcamError, match="have no background of their own; give a background or a power"):
-        refine(data, cams, tmp_path / "out", how="irn", weights=network)
+        refine(data, cams, tmp_path / "out", how=how)
     assert not (tmp_path / "out").exists()
 
 
