@@ -1,8 +1,9 @@
-"""Files in and out: label maps, CAMs, IRN's dictionaries, weights, images and the book-keeping of passes."""
+"""Files in and out: label maps, CAMs, objects, IRN's dictionaries, weights, images and the book-keeping of passes."""
 
 from fastcam.io.atomic import atomic_write
 from fastcam.io.cams import CamSet, load_cams, save_cams
 from fastcam.io.images import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from fastcam.io.instances import Instances, load_instances, save_instances
 from fastcam.io.irn import load_irn_npy, save_irn_npy
 from fastcam.io.labels import read_label_png, voc_palette, write_label_png
 from fastcam.io.passes import finished_ids, open_pass, read_pass
@@ -12,9 +13,11 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "CamSet",
+    "Instances",
     "atomic_write",
     "finished_ids",
     "load_cams",
+    "load_instances",
     "load_irn_npy",
     "load_weights",
     "open_pass",
@@ -22,6 +25,7 @@ __all__ = [
     "read_label_png",
     "read_pass",
     "save_cams",
+    "save_instances",
     "save_irn_npy",
     "save_weights",
     "voc_palette",

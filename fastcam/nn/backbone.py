@@ -19,7 +19,7 @@ CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 
 
 class Backbone(nn.Module):
-    """A timm network that returns the outputs of its last four stages.
+    """A timm network that returns the outputs of its last four stages, behind that of its stem where it is asked for.
 
     Batch norm uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in
     frozen stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise. A network
@@ -84,6 +84,7 @@ def create_backbone(
     frozen_stages: int = 0,
     frozen_norm: bool = True,
     head: bool = False,
+    stem: bool = False,
 ) -> Backbone:
     """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
 
@@ -100,6 +101,7 @@ def create_backbone(
             gradient.
         frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
         head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
+        stem: begin with the output before the last four stages, where timm lists one: five outputs instead of four.
 
     Raises:
         FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that
@@ -119,7 +121,8 @@ def create_backbone(
         raise FastcamError(f"backbone '{name}': frozen_stages is {frozen_stages}, expected 0 to {STAGES}")
     full = set(net.state_dict())
     count = len(net.feature_info)
-    indices = list(range(count - STAGES, count))
+    before = min(count - STAGES, int(stem))
+    indices = list(range(count - STAGES - before, count))
     last, stages = _limit_stride(net, indices, output_stride, dilate)
     head = head and last.shape[1] != stages[-1].shape[1]
     net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
@@ -134,7 +137,7 @@ def create_backbone(
         raise FastcamError(
             f"backbone '{name}': cannot be brought to output stride {output_stride}; choose 32 or another network"
         )
-    _freeze(backbone, frozen_stages)
+    _freeze(backbone, frozen_stages + before if frozen_stages else 0)
     return backbone
 
 

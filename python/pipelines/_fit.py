@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,7 @@ def fit(
     config: TrainerConfig,
     out: Path,
     record: Mapping[str, Any],
+    finish: Callable[[Any], None] | None = None,
 ) -> Path:
     """Trains a method, or continues to, and writes its weights.
 
@@ -285,6 +286,7 @@ def fit(
         config: the settings.
         out: folder of the run.
         record: all that the weights depend on, for `fastcam.io.open_pass`.
+        finish: called with the trained method before its weights are written, in one process.
 
     Returns:
         The weights' path.
@@ -322,6 +324,8 @@ def fit(
             module.train_dataloader = lambda: _loader(dataset, module, trainer)  # type: ignore[method-assign]
             _run(trainer, module, out)
     if trainer.is_global_zero:
+        if finish is not None:
+            finish(method)
         config_of = dataclasses.asdict(method.config)
         record = {"method": method.name, "num_classes": len(classes), "classes": list(classes)}
         record |= {"backbone": config_of.get("backbone"), "config": config_of}

@@ -1,8 +1,9 @@
-"""The refine pass: CAMs and the image's colours to sharper CAMs, by a fully connected CRF."""
+"""The refine pass: CAMs and images to sharper CAMs: by a CRF, by the colours nearby, or by learned affinities."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, load_cams, open_pass, save_cams
 from fastcam.ops.crf_mean_field import crf_mean_field
+from fastcam.ops.pixel_refine import pixel_refine
 from fastcam.ops.unaries import unary_from_labels, unary_from_softmax
 from fastcam.pipelines._data import Data, folder_classes, input_record, load_image, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
+from fastcam.pipelines._settings import TrainerConfig
 
 # Published settings (specs of their codes): iterations, Gaussian sxy and compat, bilateral sxy, srgb and compat, unary.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,7 +35,7 @@ class Crf:
     """A fully connected CRF. What is not given comes from the preset.
 
     Args:
-        preset: irn (AFA and ToCo too), psa (SEAM too) or deeplab (DRS, CLIP-ES too).
+        preset: irn (AFA and ToCo too), psa (SEAM too) or deeplab (DRS, CLIP-ES too). By default irn, for how psa psa.
         iterations: steps of mean field.
         gaussian_sxy: standard deviation of the spatial kernel, in pixels.
         gaussian_compat: weight of the spatial kernel.
@@ -42,7 +46,7 @@ class Crf:
         gt_prob: confidence in that label, for unary label.
     """
 
-    preset: Literal["irn", "psa", "deeplab"] = "irn"
+    preset: Literal["irn", "psa", "deeplab"] | None = None
     iterations: int = 10
     gaussian_sxy: float | None = None
     gaussian_compat: float | None = None
@@ -59,13 +63,80 @@ class Crf:
             FastcamError: a value out of range.
         """
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        values = {**PRESETS[self.preset], **given}
+        given.setdefault("preset", "irn")
+        values = {**PRESETS[given["preset"]], **given}
         for name in ("gaussian_sxy", "gaussian_compat", "sxy", "srgb", "compat", "iterations"):
             if not values[name] > 0:
                 raise FastcamError(f"crf.{name} is {values[name]}, expected a number above 0")
         if not 0 < values["gt_prob"] < 1:
             raise FastcamError(f"crf.gt_prob is {values['gt_prob']}, expected a number between 0 and 1")
         return values
+
+
+@dataclass(frozen=True)
+class Pixel:
+    """PAR or PAMR: every pixel becomes a mean of its neighbours, weighted by likeness of colour, again and again.
+
+    Args:
+        dilations: distances of the neighbours, eight at each, in pixels of the scaled image.
+        iterations: how often.
+        scale: of the image and its CAMs meanwhile (ToCo, AFA: 0.5).
+    """
+
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    iterations: int = 10
+    scale: float = 0.5
+
+    def check(self) -> None:
+        """Raises FastcamError where a value is out of range."""
+        if not self.dilations or min(self.dilations) < 1:
+            raise FastcamError(f"pixel.dilations are {list(self.dilations)}, expected whole numbers of at least 1")
+        if self.iterations < 1:
+            raise FastcamError(f"pixel.iterations is {self.iterations}, expected at least 1")
+        if not 0 < self.scale <= 1:
+            raise FastcamError(f"pixel.scale is {self.scale}, expected a number above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The two backgrounds that tell which pixels CAMs are sure of; what is between them is not trained on.
+
+    Either two constants, high and low, or two powers.
+
+    Args:
+        high: foreground is what beats this constant (IRN: 0.30).
+        low: background is what does not even beat this constant (IRN: 0.05).
+        high_power: foreground is what beats (1 - largest CAM)^high_power (PSA: 4).
+        low_power: background is what does not even beat (1 - largest CAM)^low_power (PSA: 32, SEAM: 24).
+    """
+
+    high: float | None = None
+    low: float | None = None
+    high_power: float | None = None
+    low_power: float | None = None
+
+    def resolved(self, how: str) -> Seeds:
+        """These, or the paper's values where none is given.
+
+        Raises:
+            FastcamError: values that do not fit together.
+        """
+        if self == Seeds():
+            return Seeds(high=0.30, low=0.05) if how == "irn" else Seeds(high_power=4, low_power=32)
+        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        shown = ", ".join(f"{key} {value}" for key, value in given.items())
+        if given.keys() not in ({"high", "low"}, {"high_power", "low_power"}):
+            raise FastcamError(f"seeds are {shown}, expected high and low, or high_power and low_power")
+        high, low = given.values()
+        if low < 0 or (low > high if self.high is not None else low < high):
+            raise FastcamError(f"seeds are {shown}, expected a low background of 0 or more, and a high one above it")
+        return self
+
+    def backgrounds(self) -> tuple[Any, Any]:
+        """The high and the low one, as `CamSet.scores` takes them."""
+        if self.high is not None:
+            return self.high, self.low
+        return ("power", self.high_power), ("power", self.low_power)
 
 
 def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
@@ -110,43 +181,128 @@ def own_background(cams: CamSet, image_id: str, background: float | None, power:
     return cams.scores(background)
 
 
+def pixel_scores(scores: Tensor, image: Tensor, mode: Literal["par", "pamr"], pixel: Pixel) -> Tensor:
+    """Scores refined by PAR, which starts from their softmax (ToCo, AFA), or by PAMR, which starts from their shares.
+
+    Args:
+        scores: float `(K, H, W)`, background first.
+        image: uint8 `(3, H, W)`.
+        mode: which.
+        pixel: its parameters.
+
+    Returns:
+        float32 `(K, h, w)` at `pixel.scale`, summing to 1. With one label there is nothing to decide: ones.
+    """
+    size = [max(1, round(side * pixel.scale)) for side in image.shape[-2:]]
+    if len(scores) == 1:
+        return scores.new_ones(1, *size)
+    small, colours = (
+        F.interpolate(x[None].float(), size, mode="bilinear", align_corners=False) for x in (scores, image)
+    )
+    start = small.softmax(dim=1) if mode == "par" else shares(small)
+    refined = pixel_refine(start, colours, mode=mode, dilations=pixel.dilations, iterations=pixel.iterations)
+    return shares(refined)[0]
+
+
+def shares(scores: Tensor) -> Tensor:
+    """`(B, K, H, W)` divided by the sum of every pixel; 0 everywhere stays 0."""
+    return scores / scores.sum(dim=1, keepdim=True).clamp(min=1e-12)
+
+
 def refine(
     data: Data,
     cams: Path,
     out: Path,
-    how: Literal["crf"] = "crf",
+    how: Literal["crf", "irn", "psa", "par", "pamr"] = "crf",
     crf: Crf = Crf(),
     background: float | None = None,
     power: float | None = None,
+    pixel: Pixel = Pixel(),
+    method: dict[str, Any] | None = None,
+    seeds: Seeds = Seeds(),
+    trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
+    weights: Path | None = None,
+    instances: Path | None = None,
+    device: str = "auto",
     workers: int = 2,
 ) -> PassResult:
-    """Sharpens CAMs along the edges of the image.
+    """Sharpens CAMs: one CamSet an image, with a background.
 
-    Only the classes that are present take part. The result is a CamSet at the size of the image with a background: the
-    CRF's marginals.
+    crf, par and pamr look at the colours of the image. irn and psa first train a network on what the CAMs are sure of
+    (weights, last.ckpt, metrics.csv and the labels in network/ of the output folder), which tells what belongs
+    together, then let the CAMs walk along it; with weights they walk only. Only the classes that are present take part.
 
     Args:
-        data: the images.
+        data: the images; irn and psa train on the same ones.
         cams: folder of CamSets that make-cam wrote.
         out: output folder, one .npz an image.
-        how: the way; crf is the fully connected CRF.
-        crf: its parameters.
-        background: constant score of the background beside the CAMs.
-        power: score of the background is (1 - largest CAM)^power. Neither: the CAMs' own background.
-        workers: images that are worked on at the same time.
+        how: crf, the fully connected CRF; par or pamr, means of similar pixels; irn or psa, random walks.
+        crf: the CRF, for how crf; and of the labels that irn and psa are trained on.
+        background: constant score of the background beside the CAMs (irn: 0.25, beside the walked CAMs).
+        power: score of the background is (1 - largest CAM)^power (psa: 16). Neither: the CAMs' own background.
+        pixel: for how par and pamr.
+        method: of the network, for how irn and psa: backbone (a timm name), weights (local file for the backbone) and
+            any field of the method's configuration, as in --method.backbone resnet50 --method.lr 0.05.
+        seeds: which pixels the CAMs are sure of, for how irn and psa.
+        trainer: epochs, batches, precision, devices of the network, for how irn and psa.
+        weights: weights.safetensors of a network trained before, for how irn and psa.
+        instances: folder for the objects in each image, .json with COCO's run-length masks, for how irn.
+        device: auto, cpu or cuda, for how irn and psa.
+        workers: images that are worked on at the same time; for irn and psa threads that read and write.
     """
+    _check(how, background, power, method, weights, instances)
+    if how in ("irn", "psa"):
+        from fastcam.pipelines._affinity import train_network, walk  # needs what is here
+
+        if weights is None:
+            recipe, labels_crf = {"name": how, **(method or {})}, dataclasses.replace(crf, preset=crf.preset or how)
+            folder, sure = out / "network", seeds.resolved(how)
+            weights = train_network(
+                data, cams, folder, recipe, sure, labels_crf, trainer, background, power, device, workers
+            )
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # a process that helped to train; the first one walks
+                return PassResult(out, 0, 0, 0.0)
+        return walk(data, cams, out, how, weights, background, power, instances, device, workers)
     dataset = open_data(data, folder_classes(cams), need_tags=False)
-    record: dict[str, Any] = {"pass": "refine", "how": how, "crf": crf.resolved()}
-    record |= {"background": background, "power": power, **input_record(cams, "make-cam")}
-    open_pass(out, record)
+    pixel.check()
+    settings = {"crf": crf.resolved()} if how == "crf" else {"pixel": dataclasses.asdict(pixel)}
+    record = {"pass": "refine", "how": how, **settings, "background": background, "power": power}
+    open_pass(out, {**record, **input_record(cams, "make-cam")})
 
     def one(image_id: str) -> None:
         camset = load_cams(cams / f"{image_id}.npz")
         image = load_image(dataset, image_id, camset.size)
-        marginals = crf_scores(own_background(camset, image_id, background, power), image, crf)
-        save_cams(out / f"{image_id}.npz", CamSet(camset.keys, marginals[1:], marginals[0], camset.size))
+        scores = own_background(camset, image_id, background, power)
+        if how == "crf":
+            refined = crf_scores(scores, image, crf)
+        else:
+            refined = pixel_scores(scores, image, "par" if how == "par" else "pamr", pixel)
+        save_cams(out / f"{image_id}.npz", CamSet(camset.keys, refined[1:], refined[0], camset.size))
 
     def work(ids: Iterable[str]) -> Iterator[None]:
         return ordered_map(one, ids, workers)
 
     return run_pass("refine", out, ".npz", dataset.ids, work)
+
+
+def _check(
+    how: str,
+    background: float | None,
+    power: float | None,
+    method: dict[str, Any] | None,
+    weights: Path | None,
+    instances: Path | None,
+) -> None:
+    """Raises FastcamError where settings do not belong together."""
+    if background is not None and power is not None:
+        raise FastcamError(f"background {background} and power {power} exclude each other; give one of them")
+    if how not in ("irn", "psa"):
+        for name, value in (("method", method), ("weights", weights)):
+            if value is not None:
+                raise FastcamError(f"{name} is for how irn and psa, and how is {how}; leave it out")
+    if how != "irn" and instances is not None:
+        raise FastcamError(f"instances are for how irn, and how is {how}; leave them out")
+    if method and method.get("name", how) != how:
+        raise FastcamError(f"method.name is {method['name']}, and how is {how}; leave the name out")
+    if method and weights is not None:
+        raise FastcamError("method describes a network to train, and weights is a trained one; give one of them")

@@ -32,8 +32,8 @@ STAGES = {
     "predict-tags": ("Network, given tags", "var(--given)"),
     "predict": ("Network", "var(--network)"),
 }
-TRAININGS = {"train": "CAM network", "segment": "Segmentation network"}
-ORDER = ["train", "make-cam", "refine", "label", "segment", "predict-tags", "predict"]
+TRAININGS = {"train": "CAM network", "refine-train": "Affinity network", "segment": "Segmentation network"}
+ORDER = ["train", "make-cam", "refine-train", "refine", "label", "segment", "predict-tags", "predict"]
 LABELS = ("label", "predict-tags", "predict")  # passes that write label PNGs
 MOST_MATRIX = 24  # labels of a confusion matrix that is still shown whole
 
@@ -496,7 +496,7 @@ def _row(example: Example, classes: Sequence[str]) -> str:
             share = f"{100 * (heat > 0.5).float().mean():.0f} % of it above one half"
             cells.append(_picture(pictures.heat_overlay(image, heat), f"CAM {name}", f"CAM of {name}, {share}"))
     for kind, label in example.labels.items():
-        title = "CRF" if kind == "refine" else STAGES[kind][0]
+        title = STAGES[kind][0]
         alt = f"{title} of {example.image_id}: {_names(label, classes)}"
         score = f" <b>{100 * example.iou[kind]:.0f}</b>" if kind in example.iou else ""
         cells.append(_picture(pictures.label_overlay(image, label), title, alt, score))

@@ -44,8 +44,9 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path)
     with seeded_init(trainer.seed):
         network: Any = create_method(num_classes=len(dataset.classes), **method)
     if network.kind != "cam":
+        command = "refine" if network.kind == "refiner" else "segment"
         raise FastcamError(
-            f"method {network.name} is a {network.kind}, which does not learn from tags; use fastcam segment"
+            f"method {network.name} is a {network.kind}, which does not learn from tags; use fastcam {command}"
         )
     tags = dataset.tags
     if tags is None:

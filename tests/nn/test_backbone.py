@@ -56,6 +56,33 @@ def test_head_ends_in_the_final_feature_map():
     assert create_backbone("resnet18", head=True).channels[-1] == 512
 
 
+def test_stem_comes_before_the_four_stages_where_the_network_has_one():
+    plain, more = create_backbone("mobilenetv2_035"), create_backbone("mobilenetv2_035", stem=True)
+    more.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        stem, *stages = more(images)
+        for x, y in zip(stages, plain(images), strict=True):
+            torch.testing.assert_close(x, y)
+    assert stem.shape[2:] == (32, 32)
+    assert (more.strides, more.channels[1:]) == ([2, 4, 8, 16, 16], plain.channels)
+    assert create_backbone("convnext_atto", stem=True).strides == [4, 8, 16, 16]
+
+
+def test_stem_does_not_count_as_a_frozen_stage():
+    frozen = [
+        {
+            name
+            for name, p in create_backbone("resnet18", frozen_stages=n, stem=stem).named_parameters()
+            if p.requires_grad
+        }
+        for n in (0, 1)
+        for stem in (False, True)
+    ]
+    assert frozen[0] == frozen[1]
+    assert frozen[2] == frozen[3] != frozen[0]
+
+
 def test_frozen_stages_get_no_gradient_and_later_ones_do():
     backbone = create_backbone("resnet18", frozen_stages=2).train()
     backbone(torch.randn(1, 3, 32, 32))[-1].sum().backward()

@@ -87,19 +87,25 @@ class TestHelp:
         assert (done.returncode, done.stdout) == (0, f"fastcam {fastcam.__version__}\n")
 
 
+def kind_of(config: str) -> str:
+    """The kind of a shipped configuration's method."""
+    return {"deeplab": "segmenter", "irn": "refiner", "psa": "refiner"}.get(config.split("_")[0], "cam")
+
+
 class TestSettings:
     @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     def test_shipped_configuration_is_known_by_name_and_has_only_known_keys(self, config, capsys):
         """It gets as far as the missing data set, past all checks of its own keys."""
-        command = ["segment", "--labels", "none"] if config.startswith("deeplab") else ["train"]
+        commands = {"segmenter": ["segment", "--labels", "none"], "refiner": ["refine", "--cams", "none"]}
+        command = commands.get(kind_of(config), ["train"])
         message = error_of(capsys, *command, "--config", config, "--out", "out")
         assert message.startswith("expected either data.root" if command == ["train"] else "input folder none does not")
 
     @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     def test_method_of_a_shipped_configuration_can_be_built(self, config):
         recipe = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-        method = create_method(num_classes=6, **recipe["method"])
-        assert method.kind == ("segmenter" if config.startswith("deeplab") else "cam")
+        method = create_method(num_classes=6, **{"name": recipe.get("how"), **recipe["method"]})
+        assert method.kind == kind_of(config)
 
     @pytest.mark.parametrize(
         ("argv", "message"),
