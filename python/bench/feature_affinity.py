@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def cases(device: str) -> CaseIterator:
     g = torch.Generator().manual_seed(0)
     f = torch.randn(B, D, H, W, generator=g).to(device)
     weight = torch.randn(B, count(5), H, W, generator=g).to(device)
-    forms = {
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
         "fastcam": lambda f: feature_affinity(f, sources="inner"),
         "PSA: gather by indices": lambda f: psa(f, 5),
         "shifted slices": lambda f: slices(f, 5),

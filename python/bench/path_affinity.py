@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +57,7 @@ def cases(device: str) -> CaseIterator:
         edge = torch.rand(B, H, W, generator=g).pow(3).to(device)
         indices = [index.to(device) for index in irn_indices(H, W, radius)]
         steps = sum(len(path) for path in paths(radius))
-        ours = {"fastcam": lambda edge=edge, r=radius: path_affinity(edge, radius=r)}
+        ours: dict[str, Callable[[], Any]] = {"fastcam": lambda edge=edge, r=radius: path_affinity(edge, radius=r)}
         if device == "cuda":
             ours["fastcam triton"] = lambda edge=edge, r=radius: path_affinity(edge, radius=r, backend="triton")
         yield Case(

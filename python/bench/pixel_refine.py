@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def cases(device: str) -> CaseIterator:
         image += 0.05 * torch.rand(B, 3, H, W, generator=g).to(device)
         masks = torch.rand(B, C, H, W, generator=g).to(device)
         fused = compiled(slices)
-        runners = {"fastcam": lambda m=masks, i=image: pixel_refine(m, i, mode="pamr")}
+        runners: dict[str, Callable[[], Any]] = {"fastcam": lambda m=masks, i=image: pixel_refine(m, i, mode="pamr")}
         if device == "cuda":
             runners["fastcam triton"] = lambda m=masks, i=image: pixel_refine(m, i, mode="pamr", backend="triton")
         runners["shifted slices"] = lambda m=masks, i=image: slices(m, i)

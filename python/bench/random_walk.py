@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +53,7 @@ def cases(device: str) -> CaseIterator:
         edge = torch.rand(1, H, W, generator=g).pow(6).to(device)
         affinity, x = path_affinity(edge), torch.rand(1, C, H, W, generator=g).to(device)
         transition = sparse_transition(affinity[0])
-        runners = {
+        runners: dict[str, Callable[[], Any]] = {
             "fastcam": lambda x=x, a=affinity: random_walk(x, a),
             "fastcam, step by step": lambda x=x, a=affinity: random_walk(x, a, method="steps"),
             "torch CSR, 256 steps": lambda x=x, t=transition: sparse_walk(x, t),
