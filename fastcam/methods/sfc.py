@@ -343,7 +343,9 @@ class SFC(nn.Module):
         present = None if tags is None else with_background_tag(tags) > 0
         if keys is not None:  # after the correlation and the choice of seeds, where all classes take part
             channels = torch.cat([keys.new_zeros(1), keys + 1])
-            weight_cams, proto_cams = ([maps[:, channels] for maps in family] for family in (weight_cams, proto_cams))
+            weight_cams, proto_cams = (
+                tuple(maps[:, channels] for maps in family) for family in (weight_cams, proto_cams)
+            )
             present = None if present is None else present[:, channels]
         families = [
             weight * cam_fuse(maps, size, present=present, activation=None)

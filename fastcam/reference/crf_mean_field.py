@@ -246,7 +246,8 @@ def true_sizes(valid: Tensor | None, B: int, H: int, W: int) -> list[tuple[int, 
 
 def problems_per_image(unary: Tensor, image: Tensor | None, valid: Tensor | None) -> int:
     """How many problems in a row of ``unary`` belong to one image; 1 where nothing tells."""
-    images = len(unary) if image is None and valid is None else len(valid if image is None else image)
+    of_images = unary if valid is None else valid
+    images = len(of_images if image is None else image)
     return len(unary) // images if images else 1
 
 
@@ -322,9 +323,9 @@ def crf_mean_field_bwd(
                         sums += (g_energy * m).sum(1) if sums.ndim == 1 else g_energy @ m.mT
                 g = sum((t.adjoint(g_energy) for t in terms), torch.zeros_like(u))
             out[p, :, :h, :w] = total.view(K, h, w)
-    sums = iter(compat_grads)
+    found = iter(compat_grads)
     gaussian, bilateral = (
-        unary.new_empty(0, dtype=_work(unary)) if c is None or not compat_grad else next(sums)
+        unary.new_empty(0, dtype=_work(unary)) if c is None or not compat_grad else next(found)
         for c in (gaussian_compat, bilateral_compat)
     )
     return out, gaussian, bilateral
