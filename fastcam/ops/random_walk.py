@@ -64,8 +64,8 @@ def random_walk(
     .. math:: |y - \tilde y| \le \tau \sqrt{(2 P + 1) H W} \max |x|
 
     because the similarity scales by the square roots of column sums, which lie in [1, 2 P + 1]. The number of terms is
-    the least for which this is at most 1e-4 max |x|; on images the error is far smaller. ``"steps"`` multiplies n times,
-    as does ``"chebyshev"`` where n is so small that nothing may be left out.
+    the least for which this is at most 1e-4 max |x|; on images the error is far smaller. ``"steps"`` multiplies n
+    times, as does ``"chebyshev"`` where n is so small that nothing may be left out.
 
     Cost: 4 P multiply-adds a pixel, channel and multiplication; one copy of the affinities beside the input, (P + 4 C)
     H W numbers an image. Differentiable in ``x`` (the transposed walk), not in ``affinity``.
