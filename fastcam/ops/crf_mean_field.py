@@ -288,5 +288,6 @@ class Lattice:
             if norm is not None and normalization != "before":
                 out = out * (norm.rsqrt() if normalization == "symmetric" else 1 / norm)
             parts.append(out)
-        stacked = torch.stack(parts) if parts else torch.empty_like(work)
-        return (stacked if self._batched else stacked[0]).to(x.dtype)
+        if not self._batched:
+            return parts[0].to(x.dtype)
+        return (torch.stack(parts) if parts else torch.empty_like(work)).to(x.dtype)
