@@ -157,20 +157,10 @@ class TestCrfMeanFieldTriton(OpTester):
 
     def test_opcheck(self, device, backend):
         unary, image = noise(1, 3, 2, 3, device)
-        rest = (
-            image,
-            None,
-            torch.full((3,), -2.0, device=device),
-            None,
-            [1.0] * 2,
-            [],
-            1,
-            "symmetric",
-            "fast",
-            backend,
-        )
+        compat = torch.full((3,), -2.0, device=device)
+        rest = (image, None, compat, None, [1.0] * 2, [], 1, "symmetric", "fast", backend)
         torch.library.opcheck(FWD, (unary, *rest))
-        torch.library.opcheck(BWD, (torch.ones_like(unary), unary, *rest))
+        torch.library.opcheck(BWD, (torch.ones_like(unary), True, unary, *rest))
 
     def test_steps_run_in_a_cuda_graph(self, device, backend):
         if device != "cuda":

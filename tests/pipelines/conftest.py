@@ -14,16 +14,16 @@ from fastcam.pipelines.make_cam import make_cam
 from fastcam.pipelines.train import train
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Small networks gain nothing from threads."""
+    """Small networks gain nothing from threads, and sums depend on their number: before every other fixture."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def root(tmp_path_factory) -> Path:
     """12 training and 4 validation images of 48 x 48 pixels in VOC layout."""
     folder = tmp_path_factory.mktemp("voc")
@@ -31,19 +31,19 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def data(root) -> Data:
     return Data(root=str(root), tags="image_labels.csv")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(data, tmp_path_factory) -> Path:
     """The weights of a plain CAM network after one epoch, in the folder of its training."""
     out = tmp_path_factory.mktemp("train")
     return train(data, METHOD, dataclasses.replace(TRAINER, epochs=1), out)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def weights(trained, tmp_path_factory) -> Path:
     """The same with a positive classifier, so that every map shows something."""
     state, about = load_weights(trained)
@@ -52,7 +52,7 @@ def weights(trained, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cams(data, weights, tmp_path_factory) -> Path:
     """CAMs of the training images."""
     out = tmp_path_factory.mktemp("cams")
