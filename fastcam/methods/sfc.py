@@ -50,6 +50,7 @@ class Config:
     bank_draws: int = 4
     prototype_loss: float = 1.6
     weight_loss: float = 0.8
+    warmup: float = 0.0  # share of the training in which the losses on maps grow from 0
     extra_images: float | None = None  # R; None scales the authors' 396 with the mean number of images a tag
     family: str = "both"
     proto_weight: float = 0.7  # the authors use 0.7 for seeds, 0.3 for propagation
@@ -175,6 +176,7 @@ class SFC(nn.Module):
     name = "sfc"
     kind = "cam"
     class_weight: Tensor
+    step: Tensor
 
     def __init__(self, num_classes: int, config: Config = Config(), *, weights: str | Path | None = None) -> None:
         super().__init__()
@@ -202,6 +204,8 @@ class SFC(nn.Module):
         self.correlation = nn.Conv2d(3 + channels[-1], config.correlation_channels, 1, bias=False)  # the authors' f9
         self.bank = ImageBank(num_classes, config.bank_draws, draw_empty=config.strict_official)
         self.register_buffer("class_weight", torch.ones(num_classes))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.warmup_steps = 0
 
     def set_tag_counts(self, counts: Tensor) -> None:
         """Sets the loss weights of the classes from the number of training images with each tag, ``(C,)``."""
@@ -283,8 +287,11 @@ class SFC(nn.Module):
         score, weight_cams, proto_cams, _ = self.heads(images, *self._stages(images, inside, tags))
         half_score, half_cams, _ = self.weight_head(half, *self._stages(half, inside, tags))
         loss_cls = (F.multilabel_soft_margin_loss(score, tags) + F.multilabel_soft_margin_loss(half_score, tags)) / 2
+        grown = (self.step / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1.0
+        self.step += 1
         loss_proto = self.config.prototype_loss * prototype_weight_loss(weight_cams, proto_cams, self.class_weight)
         loss_weight = self.config.weight_loss * scale_weight_loss(weight_cams, half_cams, tags, self.class_weight)
+        loss_proto, loss_weight = grown * loss_proto, grown * loss_weight
         loss = loss_cls + loss_proto + loss_weight
         return {"loss": loss, "loss_cls": loss_cls, "loss_proto": loss_proto, "loss_weight": loss_weight}
 
@@ -355,9 +362,10 @@ class SFC(nn.Module):
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with a poly schedule, heads ``head_lr_factor`` times faster; clip the gradient at ``grad_clip``."""
+        self.warmup_steps = round(self.config.warmup * total_steps)
         heads = [self.sides, self.classifier, self.correlation]
         return [sgd_poly(self.backbone, heads, self.config, total_steps)]
 
     def export_state_dict(self) -> dict[str, Tensor]:
-        """The state without the image bank, which only training needs."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("bank.")}
+        """The state without the image bank and the number of steps, which only training needs."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("bank.") and k != "step"}

@@ -259,6 +259,20 @@ class TestTraining:
         without = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
         assert without == []
 
+    def test_losses_on_maps_grow_over_the_warmup(self, batch):
+        method = create_method(
+            "sfc", num_classes=5, backbone="resnet10t", correlation_channels=8, bank_draws=0, warmup=0.5
+        )
+        method.optimizers(total_steps=8)
+        steps = [method.training_step(batch) for _ in range(7)]
+        for name in ("loss_proto", "loss_weight"):
+            full = steps[-1][name].item()
+            assert full > 0
+            growing = [0, full / 4, full / 2, full * 3 / 4, full, full, full]
+            assert [step[name].item() for step in steps] == pytest.approx(growing, rel=1e-5)
+        assert len({step["loss_cls"].item() for step in steps}) == 1
+        assert "step" not in method.export_state_dict()
+
     def test_absent_classes_give_zero_maps_and_no_gradient_through_the_foreground(self, method, batch):
         tags = torch.tensor([[1.0, 0, 0, 1, 0]]).expand(4, 5)
         stages = method.backbone(batch["image"])
