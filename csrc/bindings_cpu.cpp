@@ -11,7 +11,7 @@ void bind_lattice(pybind11::module_& m) {
   using fastcam::Lattice;
   pybind11::class_<Lattice>(m, "Lattice")
       .def(pybind11::init([](uintptr_t features, int64_t d, int64_t N, int threads) {
-             return std::make_unique<Lattice>(reinterpret_cast<const float*>(features), d, N, threads);
+             return std::make_unique<Lattice>(reinterpret_cast<const float*>(features), d, N, false, threads);
            }),
            pybind11::call_guard<pybind11::gil_scoped_release>())
       .def_property_readonly("vertices", &Lattice::vertices)

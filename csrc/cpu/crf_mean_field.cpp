@@ -25,12 +25,13 @@ constexpr double CUT = 4e-5;  // kernel FAST leaves out spatial weights below th
 
 enum Kernel { FAST, LATTICE, EXACT };
 
-// What a term adds to the energies of a tile: compat times messages. Of two labels, messages are those of the first;
-// the other's follow from `ones`, since probabilities sum to 1 (exactly so where both are 1/2, which therefore stay).
+// What a term adds to the energies of a tile: compat times messages. Of two labels, one number is filtered: how far the
+// first's probability lies above 1/2. So messages are half of K 1 and this more for the first and this less for the
+// other. Where both have the same compat, half of K 1 changes nothing and is left out (`halves` is 0).
 // compat of few labels: (K) or (K, K); of many, padded to row_width(K).
 template <typename T>
 struct Message {
-  const T *rows, *ones, *compat;  // rows (TILE, inner_width(K))
+  const T *rows, *halves, *compat;  // rows (TILE, inner_width(K))
   bool matrix;
 };
 
@@ -48,7 +49,10 @@ FASTCAM_INLINE bool update_few(const T* negative, const Message<T>* terms, int64
     for (int k = 0; k < (K == 2 ? 1 : K); ++k)
       for (int64_t i = 0; i < TILE; ++i) m[k][i] = term.rows[i * WIDTH + k];
     if constexpr (K == 2)
-      for (int64_t i = 0; i < TILE; ++i) m[1][i] = term.ones[i] - m[0][i];
+      for (int64_t i = 0; i < TILE; ++i) {
+        m[1][i] = term.halves[i] - m[0][i];
+        m[0][i] = term.halves[i] + m[0][i];
+      }
     for (int l = 0; l < K; ++l)
       for (int k = term.matrix ? 0 : l; k <= (term.matrix ? K - 1 : l); ++k) {
         const T c = term.compat[term.matrix ? l * K + k : l];
@@ -197,18 +201,21 @@ FASTCAM_CRF_LOOPS(double)
 
 // (x / sx, y / sy) and, with sigmas for them, the channels of image (3, H, W) over theirs, of the pixels in `size`.
 template <typename F, typename T>
-std::vector<F> features_of(const T* image, const double* sigma, int64_t d, Size size, int64_t H, int64_t W) {
+Memory<F> features_of(const T* image, const double* sigma, int64_t d, Size size, int64_t H, int64_t W, int threads) {
   const int64_t N = size.h * size.w;
-  std::vector<F> features(d * N);
-  for (int64_t y = 0; y < size.h; ++y)
-    for (int64_t x = 0; x < size.w; ++x) {
-      features[y * size.w + x] = static_cast<F>(x) / static_cast<F>(sigma[0]);
-      features[N + y * size.w + x] = static_cast<F>(y) / static_cast<F>(sigma[1]);
+  Memory<F> features = buffer<F>(d * N);
+  parallel_for(size.h, 64, threads, [&](int64_t first, int64_t last) {
+    for (int64_t y = first; y < last; ++y) {
+      F* to = features.get() + y * size.w;
+      for (int32_t x = 0; x < static_cast<int32_t>(size.w); ++x) to[x] = static_cast<F>(x) / static_cast<F>(sigma[0]);
+      std::fill_n(to + N, size.w, static_cast<F>(y) / static_cast<F>(sigma[1]));
+      for (int64_t c = 2; c < d; ++c) {
+        const T* from = image + ((c - 2) * H + y) * W;
+        const F scale = static_cast<F>(sigma[c]);
+        for (int64_t x = 0; x < size.w; ++x) to[c * N + x] = static_cast<F>(from[x]) / scale;
+      }
     }
-  for (int64_t c = 2; c < d; ++c)
-    for (int64_t y = 0; y < size.h; ++y)
-      for (int64_t x = 0; x < size.w; ++x)
-        features[c * N + y * size.w + x] = static_cast<F>(image[((c - 2) * H + y) * W + x]) / static_cast<F>(sigma[c]);
+  });
   return features;
 }
 
@@ -237,7 +244,12 @@ class MeanField {
       std::copy_n(compat + l * K_, K_, padded.data() + l * width);
       std::copy_n(compat + l * K_, K_, rows.data() + l * width_);
     }
-    terms_.push_back({std::move(term), std::move(padded), std::move(rows), matrix});
+    std::vector<T> halves;
+    if (K_ == 2 && (matrix || compat[0] != compat[1])) {
+      halves = term->ones(threads_);
+      for (T& half : halves) half /= 2;
+    }
+    terms_.push_back({std::move(term), std::move(padded), std::move(rows), std::move(halves), matrix});
   }
 
   // Takes energies (K, H, W). Those of padding, of pixels and labels, are 0 and infinite.
@@ -270,9 +282,8 @@ class MeanField {
         std::vector<T>& m = work.messages[t];
         m.resize(TILE * inner_);
         p.term->messages(begin, end, m.data(), work.scratch[t]);
-        const T* ones = p.term->ones() + begin;
-        if (count < TILE) ones = std::copy_n(ones, count, work.ones[t].data()) - count;
-        messages[t] = {m.data(), ones, p.compat.data(), p.matrix};
+        if (!p.halves.empty()) std::copy_n(p.halves.data() + begin, count, work.halves[t].data());
+        messages[t] = {m.data(), work.halves[t].data(), p.compat.data(), p.matrix};
       }
       work.q.resize(TILE * width_);
       T* q = work.q.data();
@@ -294,6 +305,8 @@ class MeanField {
           for (int64_t k = 0; k < width_; ++k)
             rows[(begin + i) * width_ + k] = k < K_ ? q[i * along + k * across] : T(0);
       if (last || terms_.empty()) return;
+      if (K_ == 2)
+        for (int64_t i = 0; i < TILE; ++i) q[i] = (q[i] - q[TILE + i]) / 2;
       if (K_ > 2 && K_ <= FEW) {  // rows of FEW numbers
         for (int64_t i = 0; i < TILE; ++i)
           for (int64_t k = 0; k < FEW; ++k) work.rows[i * FEW + k] = k < K_ ? q[k * TILE + i] : T(0);
@@ -364,12 +377,13 @@ class MeanField {
     std::unique_ptr<Term<T>> term;
     std::vector<T> compat;  // as Message takes it
     std::vector<T> rows;    // padded to width_
+    std::vector<T> halves;  // as Message takes them, of all pixels; empty for 0
     bool matrix;
   };
 
   struct Work {
     std::vector<T> q, messages[MAX_TERMS];
-    std::array<T, TILE> ones[MAX_TERMS] = {};
+    std::array<T, TILE> halves[MAX_TERMS] = {};
     std::array<T, FEW * TILE> rows = {};
     Scratch<T> scratch[MAX_TERMS];
   };
@@ -445,8 +459,8 @@ struct Shared {
     MeanField<T> field(K, s, H, W, threads);
     if (gaussian && K > 1) {
       if (kernel == LATTICE) {
-        const std::vector<float> features = features_of<float>(image, sigma, 2, s, H, W);
-        field.add(lattice_term<T>(features, s, normalization, threads), gaussian, gaussian_matrix);
+        const Memory<float> features = features_of<float>(image, sigma, 2, s, H, W, threads);
+        field.add(lattice_term<T>(features.get(), 2, s, normalization, K <= FEW, threads), gaussian, gaussian_matrix);
       } else {
         field.add(spatial_term<T>(sigma, kernel == FAST ? CUT : 0.0, s, normalization), gaussian, gaussian_matrix);
       }
@@ -454,11 +468,11 @@ struct Shared {
     if (bilateral && K > 1) {
       const T* rgb = image + b * 3 * H * W;
       if (kernel == EXACT) {
-        field.add(exact_term<T>(features_of<T>(rgb, sigma + 2, 5, s, H, W), s, normalization, threads), bilateral,
-                  bilateral_matrix);
+        field.add(exact_term<T>(features_of<T>(rgb, sigma + 2, 5, s, H, W, threads), 5, s, normalization, threads),
+                  bilateral, bilateral_matrix);
       } else {
-        const std::vector<float> features = features_of<float>(rgb, sigma + 2, 5, s, H, W);
-        field.add(lattice_term<T>(features, s, normalization, threads), bilateral, bilateral_matrix);
+        const Memory<float> features = features_of<float>(rgb, sigma + 2, 5, s, H, W, threads);
+        field.add(lattice_term<T>(features.get(), 5, s, normalization, K <= FEW, threads), bilateral, bilateral_matrix);
       }
     }
     return field;

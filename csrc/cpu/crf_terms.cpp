@@ -137,8 +137,9 @@ template <typename T>
 struct Diagonals {
   std::vector<T> before, after;
 
-  Diagonals(const T* norm, int64_t n, Normalization normalization) : before(n, T(1)), after(n, T(1)) {
-    for (int64_t i = 0; i < n; ++i) {
+  explicit Diagonals(int64_t n) : before(n, T(1)), after(n, T(1)) {}
+  Diagonals(const std::vector<T>& norm, Normalization normalization) : Diagonals(norm.size()) {
+    for (size_t i = 0; i < norm.size(); ++i) {
       const T value = norm[i] + T(1e-20);
       if (normalization == SYMMETRIC) before[i] = after[i] = 1 / std::sqrt(value);
       if (normalization == BEFORE) before[i] = 1 / value;
@@ -150,24 +151,16 @@ struct Diagonals {
 template <typename T>
 class LatticeTerm : public Term<T> {
  public:
-  LatticeTerm(const std::vector<float>& features, Size size, Normalization normalization, int threads)
-      : lattice_(features.data(), features.size() / (size.h * size.w), size.h * size.w, threads),
-        diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
-    const int64_t N = lattice_.points();
-    std::vector<T> ones(N, T(1));
-    ones_.resize(N);
-    diagonals_.before = diagonals_.after = ones;
-    filter(ones.data(), threads);
-    diagonals_ = Diagonals<T>(ones_.data(), N, normalization);
-    if (normalization == AFTER) ones_ = ones;
-    if (normalization == SYMMETRIC || normalization == BEFORE) filter(ones.data(), threads);
+  LatticeTerm(const float* features, int64_t d, Size size, Normalization normalization, bool few, int threads)
+      : lattice_(features, d, size.h * size.w, few, threads), diagonals_(lattice_.points()) {
+    diagonals_ = Diagonals<T>(ones(threads), normalization);
   }
 
   void start(int64_t width, bool adjoint, int threads) override {
     const int64_t room = lattice_.rows() * width;
     if (room > room_) {
       sums_ = buffer<T>(room);
-      blurred_ = buffer<T>(room);
+      blurred_ = buffer<T>(room, T(0));
       room_ = room;
     }
     width_ = width;
@@ -181,20 +174,17 @@ class LatticeTerm : public Term<T> {
   }
 
   void finish(int threads) override {
-    lattice_.blur(sums_.get(), width_, adjoint_, threads);
-    std::swap(sums_, blurred_);
+    if (lattice_.blur(sums_.get(), blurred_.get(), width_, adjoint_, threads) == sums_.get())
+      std::swap(sums_, blurred_);
   }
 
   void messages(int64_t begin, int64_t end, T* out, Scratch<T>&) const override {
     lattice_.slice(blurred_.get(), begin, end, (adjoint_ ? diagonals_.before : diagonals_.after).data(), out, width_);
   }
 
-  const T* ones() const override { return ones_.data(); }
-
- private:
-  // One number a pixel -> ones_.
-  void filter(const T* x, int threads) {
+  std::vector<T> ones(int threads) override {
     const int64_t N = lattice_.points(), bands = (N + Lattice::BAND - 1) / Lattice::BAND;
+    std::vector<T> sums(N);
     const auto each_band = [&](const auto& f) {
       parallel_for(bands, 1, threads, [&](int64_t first, int64_t last) {
         for (int64_t band = first; band < last; ++band)
@@ -202,17 +192,21 @@ class LatticeTerm : public Term<T> {
       });
     };
     start(1, false, threads);
-    each_band([&](int64_t begin, int64_t end) { feed(begin, end, x + begin); });
+    each_band([&](int64_t begin, int64_t end) {
+      std::fill(sums.begin() + begin, sums.begin() + end, T(1));
+      feed(begin, end, sums.data() + begin);
+    });
     finish(threads);
     each_band([&](int64_t begin, int64_t end) {
       Scratch<T> scratch;
-      messages(begin, end, ones_.data() + begin, scratch);
+      messages(begin, end, sums.data() + begin, scratch);
     });
+    return sums;
   }
 
+ private:
   Lattice lattice_;
   Diagonals<T> diagonals_;
-  std::vector<T> ones_;
   int64_t width_ = 0, room_ = 0;
   bool adjoint_ = false;
   Memory<T> sums_, blurred_;  // what is fed, and what messages come from
@@ -229,13 +223,8 @@ class SpatialTerm : public Term<T> {
       : size_(size),
         taps_x_(taps(sigma[0], cut, size.w)),
         taps_y_(taps(sigma[1], cut, size.h)),
-        diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
-    const int64_t N = size.h * size.w;
-    const std::vector<T> one(N, T(1));
-    ones_ = diagonals_.before = diagonals_.after = one;
-    filter(one.data());
-    diagonals_ = Diagonals<T>(ones_.data(), N, normalization);
-    filter(one.data());
+        diagonals_(size.h * size.w) {
+    diagonals_ = Diagonals<T>(ones(1), normalization);
     step_ = *std::max_element(diagonals_.before.begin(), diagonals_.before.end()) / NARROW_MAX;
   }
 
@@ -289,7 +278,16 @@ class SpatialTerm : public Term<T> {
     }
   }
 
-  const T* ones() const override { return ones_.data(); }
+  std::vector<T> ones(int) override {
+    const int64_t N = size_.h * size_.w;
+    std::vector<T> sums(N, T(1));
+    Scratch<T> scratch;
+    start(1, false, 1);
+    feed(0, N, sums.data());
+    finish(1);
+    messages(0, N, sums.data(), scratch);
+    return sums;
+  }
 
  private:
   static constexpr int64_t FEW = 4, ROWS = 4, COLUMNS = 512;
@@ -329,19 +327,9 @@ class SpatialTerm : public Term<T> {
   int64_t radius_x() const { return taps_x_.size() - 1; }
   int64_t radius_y() const { return taps_y_.size() - 1; }
 
-  // One number a pixel -> ones_.
-  void filter(const T* x) {
-    Scratch<T> scratch;
-    start(1, false, 1);
-    feed(0, size_.h * size_.w, x);
-    finish(1);
-    messages(0, size_.h * size_.w, ones_.data(), scratch);
-  }
-
   Size size_;
   std::vector<T> taps_x_, taps_y_;
   Diagonals<T> diagonals_;
-  std::vector<T> ones_;
   T step_ = 1;  // what one of a narrow number stands for
   Fed fed_[2];  // what messages come from, and what is fed
 };
@@ -350,13 +338,9 @@ class SpatialTerm : public Term<T> {
 template <typename T>
 class ExactTerm : public Term<T> {
  public:
-  ExactTerm(std::vector<T> features, Size size, Normalization normalization, int threads)
-      : features_(std::move(features)), N_(size.h * size.w), diagonals_(Diagonals<T>(nullptr, 0, NONE)) {
-    const std::vector<T> one(N_, T(1));
-    ones_ = diagonals_.before = diagonals_.after = one;
-    filter(one.data(), threads);
-    diagonals_ = Diagonals<T>(ones_.data(), N_, normalization);
-    filter(one.data(), threads);
+  ExactTerm(Memory<T> features, int64_t d, Size size, Normalization normalization, int threads)
+      : features_(std::move(features)), d_(d), N_(size.h * size.w), diagonals_(N_) {
+    diagonals_ = Diagonals<T>(ones(threads), normalization);
   }
 
   void start(int64_t width, bool adjoint, int) override {
@@ -373,9 +357,8 @@ class ExactTerm : public Term<T> {
   void finish(int threads) override {
     width_ = next_width_;
     sums_.resize(N_ * width_);
-    const int64_t d = features_.size() / N_;
     parallel_for(N_, 16, threads, [&](int64_t begin, int64_t end) {
-      exact_rows(features_.data(), d, N_, begin, end, fed_.data(), sums_.data(), width_);
+      exact_rows(features_.get(), d_, N_, begin, end, fed_.data(), sums_.data(), width_);
     });
   }
 
@@ -384,31 +367,30 @@ class ExactTerm : public Term<T> {
                 end - begin, width_);
   }
 
-  const T* ones() const override { return ones_.data(); }
-
- private:
-  // One number a pixel -> ones_.
-  void filter(const T* x, int threads) {
-    start(1, false, threads);
-    feed(0, N_, x);
-    finish(threads);
+  std::vector<T> ones(int threads) override {
+    std::vector<T> sums(N_, T(1));
     Scratch<T> scratch;
-    messages(0, N_, ones_.data(), scratch);
+    start(1, false, threads);
+    feed(0, N_, sums.data());
+    finish(threads);
+    messages(0, N_, sums.data(), scratch);
+    return sums;
   }
 
-  std::vector<T> features_;
-  int64_t N_, next_width_ = 0, width_ = 0;
+ private:
+  Memory<T> features_;
+  int64_t d_, N_, next_width_ = 0, width_ = 0;
   bool adjoint_ = false;
   Diagonals<T> diagonals_;
-  std::vector<T> ones_, fed_, sums_;
+  std::vector<T> fed_, sums_;
 };
 
 }  // namespace
 
 template <typename T>
-std::unique_ptr<Term<T>> lattice_term(const std::vector<float>& features, Size size, Normalization normalization,
-                                      int threads) {
-  return std::make_unique<LatticeTerm<T>>(features, size, normalization, threads);
+std::unique_ptr<Term<T>> lattice_term(const float* features, int64_t d, Size size, Normalization normalization,
+                                      bool few, int threads) {
+  return std::make_unique<LatticeTerm<T>>(features, d, size, normalization, few, threads);
 }
 
 template <typename T>
@@ -417,15 +399,16 @@ std::unique_ptr<Term<T>> spatial_term(const double* sigma, double cut, Size size
 }
 
 template <typename T>
-std::unique_ptr<Term<T>> exact_term(std::vector<T> features, Size size, Normalization normalization, int threads) {
-  return std::make_unique<ExactTerm<T>>(std::move(features), size, normalization, threads);
+std::unique_ptr<Term<T>> exact_term(Memory<T> features, int64_t d, Size size, Normalization normalization,
+                                    int threads) {
+  return std::make_unique<ExactTerm<T>>(std::move(features), d, size, normalization, threads);
 }
 
-template std::unique_ptr<Term<float>> lattice_term(const std::vector<float>&, Size, Normalization, int);
-template std::unique_ptr<Term<double>> lattice_term(const std::vector<float>&, Size, Normalization, int);
+template std::unique_ptr<Term<float>> lattice_term(const float*, int64_t, Size, Normalization, bool, int);
+template std::unique_ptr<Term<double>> lattice_term(const float*, int64_t, Size, Normalization, bool, int);
 template std::unique_ptr<Term<float>> spatial_term(const double*, double, Size, Normalization);
 template std::unique_ptr<Term<double>> spatial_term(const double*, double, Size, Normalization);
-template std::unique_ptr<Term<float>> exact_term(std::vector<float>, Size, Normalization, int);
-template std::unique_ptr<Term<double>> exact_term(std::vector<double>, Size, Normalization, int);
+template std::unique_ptr<Term<float>> exact_term(Memory<float>, int64_t, Size, Normalization, int);
+template std::unique_ptr<Term<double>> exact_term(Memory<double>, int64_t, Size, Normalization, int);
 
 }  // namespace fastcam

@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/memory.h"
+
 namespace fastcam {
 
 enum Normalization { SYMMETRIC, BEFORE, AFTER, NONE };
@@ -34,19 +36,19 @@ class Term {
   // Rows of K q of the pixels [begin, end). `scratch` is the caller's, fresh for every pass; it saves work if calls
   // come in the order of the pixels.
   virtual void messages(int64_t begin, int64_t end, T* out, Scratch<T>& scratch) const = 0;
-  // K 1, for all pixels.
-  virtual const T* ones() const = 0;
+  // K 1, for all pixels. Before the first pass.
+  virtual std::vector<T> ones(int threads) = 0;
 };
 
-// On a permutohedral lattice. features (d, N).
+// On a permutohedral lattice, as Lattice takes features and `few`.
 template <typename T>
-std::unique_ptr<Term<T>> lattice_term(const std::vector<float>& features, Size size, Normalization normalization,
-                                      int threads);
+std::unique_ptr<Term<T>> lattice_term(const float* features, int64_t d, Size size, Normalization normalization,
+                                      bool few, int threads);
 // exp(-x^2 / 2 sx^2 - y^2 / 2 sy^2), separable; weights below `cut` left out. sigma: sx, sy.
 template <typename T>
 std::unique_ptr<Term<T>> spatial_term(const double* sigma, double cut, Size size, Normalization normalization);
 // True Gaussian sums over all pairs of pixels, streaming. features (d, N).
 template <typename T>
-std::unique_ptr<Term<T>> exact_term(std::vector<T> features, Size size, Normalization normalization, int threads);
+std::unique_ptr<Term<T>> exact_term(Memory<T> features, int64_t d, Size size, Normalization normalization, int threads);
 
 }  // namespace fastcam

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -99,30 +101,28 @@ FASTCAM_MULTIVERSION void find_simplices(const float* features, const float* sca
       "million, got larger or NaN");
 }
 
-// Widens low and high to GROUP numbers; sets bad where one is not finite or not below LIMIT.
-FASTCAM_INLINE void widen(const float* x, float* low, float* high, int32_t* bad) {
-  for (int64_t i = 0; i < GROUP; ++i) {
-    bad[i] |= !(x[i] > -LIMIT && x[i] < LIMIT);
-    low[i] = x[i] < low[i] ? x[i] : low[i];
-    high[i] = x[i] > high[i] ? x[i] : high[i];
-  }
-}
+// The bits of a float, made so that integers are ordered as the floats are, with NaN outside of all; and back.
+FASTCAM_INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 // Smallest and largest of n numbers; false if one is not finite or not below LIMIT.
 FASTCAM_MULTIVERSION bool range_of(const float* x, int64_t n, float* smallest, float* largest) {
-  float low[GROUP], high[GROUP], rest[GROUP];
-  int32_t bad[GROUP] = {};
-  std::fill(low, low + GROUP, x[0]);
-  std::fill(high, high + GROUP, x[0]);
-  std::fill(rest, rest + GROUP, x[0]);
-  const int64_t whole = n / GROUP * GROUP;
-  for (int64_t i = 0; i < whole; i += GROUP) widen(x + i, low, high, bad);
-  std::copy_n(x + whole, n - whole, rest);
-  widen(rest, low, high, bad);
-  *smallest = *std::min_element(low, low + GROUP);
-  *largest = *std::max_element(high, high + GROUP);
-  return std::count(bad, bad + GROUP, 0) == GROUP;
+  int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits = ordered(bits);
+    low = bits < low ? bits : low;
+    high = bits > high ? bits : high;
+  }
+  low = ordered(low);
+  high = ordered(high);
+  std::memcpy(smallest, &low, sizeof low);
+  std::memcpy(largest, &high, sizeof high);
+  return *smallest > -LIMIT && *largest < LIMIT;
 }
+
+uint32_t look(const uint64_t* slots, int shift, int id_bits, const uint64_t* keys, int32_t* ids);
+uint32_t look(const unsigned __int128* slots, int shift, int id_bits, const unsigned __int128* keys, int32_t* ids);
 
 // Keys -> 0, 1, 2, ... in the order in which they are first seen. Open addressing; a slot holds key and number in one
 // word, and the table grows to stay at most half full.
@@ -151,22 +151,39 @@ class Numbering {
     const Word word = slots_[find(key)];
     return word == EMPTY ? -1 : id(word);
   }
-  void prefetch(Word key) const { __builtin_prefetch(&slots_[home(key)]); }
+  void prefetch(Word key) const { __builtin_prefetch(&slots_[home(key, shift_)]); }
   const std::vector<Word>& keys() const { return keys_; }
+
+  static constexpr int32_t ABSENT = -1, ELSEWHERE = -2;
+
+  // Numbers of GROUP keys by a look at their first slots: ABSENT for unknown keys, ELSEWHERE where another key has the
+  // slot. Returns a bit for each of these.
+  uint32_t first_look(const Word* keys, int32_t* ids) const { return look(slots_.data(), shift_, id_bits_, keys, ids); }
+
+  static FASTCAM_INLINE uint32_t look_at(const Word* slots, int shift, int id_bits, const Word* keys, int32_t* ids) {
+    for (int64_t i = 0; i < GROUP; ++i) {
+      const Word word = slots[home(keys[i], shift)];
+      const int32_t id = static_cast<int32_t>(word & ((Word(1) << id_bits) - 1));
+      ids[i] = (word >> id_bits) == keys[i] ? id : word == EMPTY ? ABSENT : ELSEWHERE;
+    }
+    uint32_t missed = 0;
+    for (int64_t i = 0; i < GROUP; ++i) missed |= (static_cast<uint32_t>(ids[i]) >> 31) << i;
+    return missed;
+  }
 
  private:
   static constexpr Word EMPTY = ~Word(0);
 
   Word slot(Word key, size_t number) const { return (key << id_bits_) | static_cast<Word>(number); }
   int32_t id(Word word) const { return static_cast<int32_t>(word & ((Word(1) << id_bits_) - 1)); }
-  int64_t home(Word key) const {
+  static FASTCAM_INLINE int64_t home(Word key, int shift) {
     uint64_t h = static_cast<uint64_t>(key);
     if constexpr (sizeof(Word) > 8) h ^= static_cast<uint64_t>(key >> 64) * 0xc2b2ae3d27d4eb4full;
-    return static_cast<int64_t>((h * 0x9e3779b97f4a7c15ull) >> shift_);
+    return static_cast<int64_t>((h * 0x9e3779b97f4a7c15ull) >> shift);
   }
   int64_t find(Word key) const {
     const int64_t mask = static_cast<int64_t>(slots_.size()) - 1;
-    int64_t at = home(key);
+    int64_t at = home(key, shift_);
     while (slots_[at] != EMPTY && (slots_[at] >> id_bits_) != key) at = (at + 1) & mask;
     return at;
   }
@@ -180,6 +197,13 @@ class Numbering {
   std::vector<Word> slots_;
   std::vector<Word> keys_;
 };
+
+FASTCAM_MULTIVERSION uint32_t look(const uint64_t* slots, int shift, int id_bits, const uint64_t* keys, int32_t* ids) {
+  return Numbering<uint64_t>::look_at(slots, shift, id_bits, keys, ids);
+}
+uint32_t look(const unsigned __int128* slots, int shift, int id_bits, const unsigned __int128* keys, int32_t* ids) {
+  return Numbering<unsigned __int128>::look_at(slots, shift, id_bits, keys, ids);
+}
 
 // Where a vertex lies: its coordinates are (d + 1) q_j + r with a remainder r of its own (r - (d + 1) where the simplex
 // wraps, which moves q_j). r takes the lowest bits of a key, q_j those from shift[j] on; the last coordinate is
@@ -286,6 +310,19 @@ struct Blur {
   }
 };
 
+// Vertices [begin, end) and their neighbours, elsewhere.
+template <typename Row>
+struct BlurAway {
+  typedef typename Row::Number T;
+  static FASTCAM_INLINE void run(int64_t c, const int32_t* after, const int32_t* before, int64_t begin, int64_t end,
+                                 const T* z, T* out, int64_t width) {
+    for (int64_t v = begin; v < end; ++v) {
+      const Row near = Row::load(z + before[v] * width + c) + Row::load(z + after[v] * width + c);
+      (Row::load(z + v * width + c) + near * T(0.5)).store(out + v * width + c);
+    }
+  }
+};
+
 // The same for rows of one number: vectors run over the points or vertices.
 template <typename T>
 FASTCAM_INLINE void splat_numbers(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,
@@ -331,6 +368,13 @@ FASTCAM_INLINE void blur_numbers(const int32_t* chains, int64_t begin, int64_t e
   }
 }
 
+template <typename T>
+FASTCAM_INLINE void blur_numbers_away(const int32_t* after, const int32_t* before, int64_t begin, int64_t end,
+                                      const T* z, T* out) {
+#pragma GCC ivdep
+  for (int64_t v = begin; v < end; ++v) out[v] = z[v] + T(0.5) * (z[before[v]] + z[after[v]]);
+}
+
 #define FASTCAM_ROW_STEPS(T)                                                                                          \
   FASTCAM_MULTIVERSION void splat_rows(const int32_t* vertex, const float* weight, int64_t corners, int64_t begin,    \
                                        int64_t end, const T* x, const T* scale, T* z, int64_t width) {                \
@@ -346,6 +390,11 @@ FASTCAM_INLINE void blur_numbers(const int32_t* chains, int64_t begin, int64_t e
                                       T* z, int64_t width) {                                                          \
     if (width == 1) return blur_numbers(chains, begin, end, zero, waste, z);                                          \
     each_piece<Blur, T>(width, chains, begin, end, zero, waste, z, width);                                            \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void blur_rows_away(const int32_t* after, const int32_t* before, int64_t begin, int64_t end,   \
+                                           const T* z, T* out, int64_t width) {                                       \
+    if (width == 1) return blur_numbers_away(after, before, begin, end, z, out);                                      \
+    each_piece<BlurAway, T>(width, after, before, begin, end, z, out, width);                                         \
   }
 FASTCAM_ROW_STEPS(float)
 FASTCAM_ROW_STEPS(double)
@@ -353,7 +402,7 @@ FASTCAM_ROW_STEPS(double)
 
 }  // namespace
 
-Lattice::Lattice(const float* features, int64_t d, int64_t N, int threads) : d_(d), N_(N) {
+Lattice::Lattice(const float* features, int64_t d, int64_t N, bool few, int threads) : d_(d), N_(N), few_(few) {
   if (d < 1 || d > MAX_D)
     throw std::invalid_argument("Lattice: expected 1 to " + std::to_string(MAX_D) + " features, got " +
                                 std::to_string(d));
@@ -413,21 +462,25 @@ void Lattice::build(const std::vector<double>& low, const std::vector<int>& bits
   std::vector<std::vector<Word>> met(bands);
   parallel_for(bands, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t band = first; band < last; ++band) {
-      Numbering<Word> numbering(id_bits, 4096);
       const int64_t end = std::min(N, (band + 1) * BAND);
+      Numbering<Word> numbering(id_bits, end - band * BAND);
       Simplices s = {};
       Word keys[MAX_D + 1][TILE];
       for (int64_t begin = band * BAND; begin < end; begin += TILE) {
         const int64_t count = std::min(TILE, end - begin);
         find_simplices(features + begin, scale.data(), N, d, count, s);
         keys_of(packing, s, keys);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t at = (begin + i) / GROUP * GROUP * corners + i % GROUP;
+        for (int64_t group = 0; group < count; group += GROUP)
           for (int64_t k = 0; k < corners; ++k) {
-            vertex_[at + k * GROUP] = numbering.number(keys[k][i]);
-            weight_[at + k * GROUP] = s.weight[k][i];
+            int32_t* ids = vertex_.get() + (begin + group) * corners + k * GROUP;
+            uint32_t missed = numbering.first_look(keys[k] + group, ids);
+            if (count - group < GROUP) missed &= (1u << (count - group)) - 1;
+            for (; missed != 0; missed &= missed - 1) {
+              const int i = __builtin_ctz(missed);
+              ids[i] = numbering.number(keys[k][group + i]);
+            }
+            std::copy_n(s.weight[k] + group, GROUP, weight_.get() + (begin + group) * corners + k * GROUP);
           }
-        }
       }
       met[band] = numbering.keys();
     }
@@ -500,23 +553,35 @@ void Lattice::build(const std::vector<double>& low, const std::vector<int>& bits
     for (int64_t part = first; part < last; ++part) {
       const int64_t axis = part / parts, end = std::min(M, (part % parts + 1) * GRAIN);
       const Word step = packing.step<Word>(axis, false), wrapped = packing.step<Word>(axis, true);
-      Word key[AHEAD];
-      for (int64_t from = part % parts * GRAIN; from < end; from += AHEAD) {
-        const int64_t n = std::min(AHEAD, end - from);
+      for (int64_t from = part % parts * GRAIN; from < end; from += GROUP) {
+        const int64_t n = std::min(GROUP, end - from);
+        Word key[GROUP] = {};
+        int32_t ids[GROUP];
         for (int64_t i = 0; i < n; ++i) {
           const Word own = numbering.keys()[from + i];
           key[i] = own + ((own & ((1 << Packing::REMAINDER_BITS) - 1)) == 0 ? wrapped : step);
-          numbering.prefetch(key[i]);
         }
-        for (int64_t i = 0; i < n; ++i) after[axis * M + from + i] = numbering.lookup(key[i]);
+        numbering.first_look(key, ids);
+        for (int64_t i = 0; i < n; ++i)
+          after[axis * M + from + i] = ids[i] == numbering.ELSEWHERE ? numbering.lookup(key[i]) : ids[i];
       }
     }
   });
   axes_.resize(corners);
   parallel_for(corners, 1, threads, [&](int64_t first, int64_t last) {
-    std::vector<int32_t> starts(M + 1);
+    std::vector<int32_t> starts(few_ ? 0 : M + 1);
     for (int64_t j = first; j < last; ++j) {
       const int32_t* next = after.get() + j * M;
+      if (few_) {
+        axes_[j].near = buffer<int32_t>(2 * M, zero_);
+        int32_t* near = axes_[j].near.get();
+        for (int64_t v = 0; v < M; ++v)
+          if (next[v] >= 0) {
+            near[v] = next[v];
+            near[M + next[v]] = static_cast<int32_t>(v);
+          }
+        continue;
+      }
       std::vector<uint8_t> follows(M + 1, 0);
       for (int64_t v = 0; v < M; ++v) follows[next[v] < 0 ? M : next[v]] = 1;
       int64_t count = 0;
@@ -538,24 +603,37 @@ void Lattice::build(const std::vector<double>& low, const std::vector<int>& bits
       axis.chains.resize(to - axis.chains.data());
     }
   });
-  for (const Axis& axis : axes_) blocks_ = std::max<int64_t>(blocks_, axis.blocks.size() - 1);
+  for (const Axis& axis : axes_)
+    if (!few_) blocks_ = std::max<int64_t>(blocks_, axis.blocks.size() - 1);
 }
 
 void Lattice::copy_to(int32_t* vertex, float* weight, int32_t* neighbour) const {
-  std::vector<int32_t> owner(zero_ - M_);
+  std::vector<int32_t> number(zero_ + 1, -1);  // of each row's vertex, in the order in which the points meet them
+  std::vector<int32_t> owner(zero_);
+  std::iota(owner.begin(), owner.end(), 0);
   for (size_t i = 0; i < owners_.size(); ++i)
-    std::fill(owner.begin() + copies_[i] - M_, owner.begin() + copies_[i + 1] - M_, owners_[i]);
+    std::fill(owner.begin() + copies_[i], owner.begin() + copies_[i + 1], owners_[i]);
+  int32_t met = 0;
+  const auto number_of = [&](int32_t row) {
+    int32_t& n = number[owner[row]];
+    if (n < 0) n = met++;
+    return n;
+  };
   for (int64_t i = 0; i < N_; ++i)
     for (int64_t k = 0; k <= d_; ++k) {
       const int64_t at = i / GROUP * GROUP * (d_ + 1) + k * GROUP + i % GROUP;
-      vertex[i * (d_ + 1) + k] = vertex_[at] < M_ ? vertex_[at] : owner[vertex_[at] - M_];
+      vertex[i * (d_ + 1) + k] = number_of(vertex_[at]);
       weight[i * (d_ + 1) + k] = weight_[at];
     }
+  for (int64_t v = 0; v < M_; ++v) number_of(static_cast<int32_t>(v));  // those of no point
   std::fill_n(neighbour, (d_ + 1) * M_ * 2, static_cast<int32_t>(M_));
   for (const Axis& axis : axes_) {
+    for (int64_t v = 0; few_ && v < M_; ++v)
+      for (int64_t side = 0; side < 2; ++side)
+        if (axis.near[side * M_ + v] != zero_) neighbour[2 * number[v] + side] = number[axis.near[side * M_ + v]];
     for (size_t e = 0; e + 1 < axis.chains.size(); ++e) {
-      const int32_t v = axis.chains[e], next = axis.chains[e + 1];
-      if (v == zero_ || next == zero_) continue;
+      if (axis.chains[e] == zero_ || axis.chains[e + 1] == zero_) continue;
+      const int32_t v = number[axis.chains[e]], next = number[axis.chains[e + 1]];
       neighbour[2 * v] = next;
       neighbour[2 * next + 1] = v;
     }
@@ -575,7 +653,7 @@ void Lattice::slice(const T* z, int64_t begin, int64_t end, const T* scale, T* o
 }
 
 template <typename T>
-void Lattice::blur(T* z, int64_t width, bool reverse, int threads) const {
+T* Lattice::blur(T* z, T* spare, int64_t width, bool reverse, int threads) const {
   const int64_t shared = owners_.size();
   parallel_for(shared, GRAIN, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -584,6 +662,13 @@ void Lattice::blur(T* z, int64_t width, bool reverse, int threads) const {
   });
   for (int64_t j = 0; j <= d_; ++j) {
     const Axis& axis = axes_[reverse ? d_ - j : j];
+    if (few_) {
+      parallel_for(M_, GRAIN, threads, [&](int64_t begin, int64_t end) {
+        blur_rows_away(axis.near.get(), axis.near.get() + M_, begin, end, z, spare, width);
+      });
+      std::swap(z, spare);
+      continue;
+    }
     parallel_for(axis.blocks.size() - 1, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
         blur_rows(axis.chains.data(), axis.blocks[b], axis.blocks[b + 1], zero_, static_cast<int32_t>(zero_ + 1 + b), z,
@@ -595,6 +680,7 @@ void Lattice::blur(T* z, int64_t width, bool reverse, int threads) const {
       for (int64_t row = copies_[i]; row < copies_[i + 1]; ++row)
         for (int64_t c = 0; c < width; ++c) z[row * width + c] = z[owners_[i] * width + c];
   });
+  return z;
 }
 
 namespace {
@@ -603,7 +689,8 @@ namespace {
 template <typename T>
 void filter_planes(const Lattice& lattice, const T* x, T* out, int64_t V, bool reverse, int threads) {
   const int64_t N = lattice.points(), width = row_width(V);
-  std::vector<T> z(lattice.rows() * width, T(0));
+  const int64_t room = lattice.rows() * width;
+  const Memory<T> sums = buffer<T>(room, T(0)), spare = buffer<T>(lattice.needs_spare() ? room : 0, T(0));
   const auto each_tile = [&](const std::function<void(int64_t, int64_t, T*)>& f) {
     parallel_for((N + Lattice::BAND - 1) / Lattice::BAND, 1, threads, [&](int64_t first, int64_t last) {
       std::vector<T> rows(TILE * width, T(0));
@@ -614,11 +701,11 @@ void filter_planes(const Lattice& lattice, const T* x, T* out, int64_t V, bool r
   each_tile([&](int64_t begin, int64_t end, T* rows) {
     for (int64_t v = 0; v < V; ++v)
       for (int64_t i = begin; i < end; ++i) rows[(i - begin) * width + v] = x[v * N + i];
-    lattice.splat<T>(begin, end, rows, nullptr, z.data(), width);
+    lattice.splat<T>(begin, end, rows, nullptr, sums.get(), width);
   });
-  lattice.blur(z.data(), width, reverse, threads);
+  const T* z = lattice.blur(sums.get(), spare.get(), width, reverse, threads);
   each_tile([&](int64_t begin, int64_t end, T* rows) {
-    lattice.slice<T>(z.data(), begin, end, nullptr, rows, width);
+    lattice.slice<T>(z, begin, end, nullptr, rows, width);
     for (int64_t v = 0; v < V; ++v)
       for (int64_t i = begin; i < end; ++i) out[v * N + i] = rows[(i - begin) * width + v];
   });
@@ -639,7 +726,7 @@ template void Lattice::splat(int64_t, int64_t, const float*, const float*, float
 template void Lattice::splat(int64_t, int64_t, const double*, const double*, double*, int64_t) const;
 template void Lattice::slice(const float*, int64_t, int64_t, const float*, float*, int64_t) const;
 template void Lattice::slice(const double*, int64_t, int64_t, const double*, double*, int64_t) const;
-template void Lattice::blur(float*, int64_t, bool, int) const;
-template void Lattice::blur(double*, int64_t, bool, int) const;
+template float* Lattice::blur(float*, float*, int64_t, bool, int) const;
+template double* Lattice::blur(double*, double*, int64_t, bool, int) const;
 
 }  // namespace fastcam

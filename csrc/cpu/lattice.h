@@ -17,14 +17,15 @@ class Lattice {
  public:
   static constexpr int64_t BAND = 16384;
 
-  // features (d, N). Throws std::invalid_argument for features that are not finite or too large, too many points or
-  // dimensions.
-  Lattice(const float* features, int64_t d, int64_t N, int threads);
+  // features (d, N). `few`: only rows of one or two numbers will be filtered. Throws std::invalid_argument for features
+  // that are not finite or too large, too many points or dimensions.
+  Lattice(const float* features, int64_t d, int64_t N, bool few, int threads);
 
   int64_t points() const { return N_; }
   int64_t vertices() const { return M_; }
 
-  // vertex (N, d + 1), weight (N, d + 1), neighbour (d + 1, M, 2) with M for none.
+  // vertex (N, d + 1), weight (N, d + 1), neighbour (d + 1, M, 2) with M for none. Vertices count in the order in which
+  // the points meet them.
   void copy_to(int32_t* vertex, float* weight, int32_t* neighbour) const;
 
   // x (V, N) -> out (V, N), double if f64. The adjoint if `reverse`.
@@ -32,19 +33,25 @@ class Lattice {
 
   // How many rows the vertices' values z take.
   int64_t rows() const { return zero_ + 1 + blocks_; }
+  // Whether a blur needs rows() more rows, all 0 to begin with.
+  bool needs_spare() const { return few_; }
   // Adds rows x of the points [begin, end), all in one band, each times `scale` of its point (or 1, if that is null),
   // to z, which was all 0 to begin with.
   template <typename T>
   void splat(int64_t begin, int64_t end, const T* x, const T* scale, T* z, int64_t width) const;
-  // In place, after all points were splatted. Axes in reverse order: the adjoint.
+  // After all points were splatted; returns which of z and `spare` (null unless needs_spare()) holds the result. Axes
+  // in reverse order: the adjoint.
   template <typename T>
-  void blur(T* z, int64_t width, bool reverse, int threads) const;
+  T* blur(T* z, T* spare, int64_t width, bool reverse, int threads) const;
   // Rows of the points [begin, end) from blurred z, each times `scale` of its point.
   template <typename T>
   void slice(const T* z, int64_t begin, int64_t end, const T* scale, T* out, int64_t width) const;
 
  private:
+  // Rows of several numbers are blurred in place, chain by chain: their bytes are what counts. Of few numbers, a vertex
+  // and its neighbours go to another array, so that no two threads write into one cache line.
   struct Axis {
+    Memory<int32_t> near;         // few: (2, M), who comes after each vertex and who before; zero_ for nobody
     std::vector<int32_t> chains;  // vertices in steps along the axis, one chain after the other, zero_ around each
     std::vector<int64_t> blocks;  // places of some zero_ in `chains`, the first and the last among them
   };
@@ -53,6 +60,7 @@ class Lattice {
              int threads);
 
   int64_t d_, N_, M_ = 0, blocks_ = 0;
+  bool few_;
   int32_t zero_ = 0;             // the row that stands for absent neighbours, behind those of vertices and copies
   Memory<int32_t> vertex_;       // (N / GROUP, d + 1, GROUP): rows of the points' vertices
   Memory<float> weight_;         // the same

@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "cpu/math.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "multiversion.h"
 #include "parallel.h"
 #include "vector.h"
-#include "workspace.h"
 
 namespace fastcam {
 namespace {
@@ -193,8 +193,8 @@ struct Kernels {
 
 // (N, H, W) -> padded planes.
 template <typename T>
-Workspace<T> pad(const T* maps, int64_t N, const Grid& grid, int threads) {
-  Workspace<T> padded = workspace<T>(N * grid.plane());
+Memory<T> pad(const T* maps, int64_t N, const Grid& grid, int threads) {
+  Memory<T> padded = buffer<T>(N * grid.plane());
   parallel_for(N, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t y = 0; y < grid.H; ++y) {
@@ -207,11 +207,11 @@ Workspace<T> pad(const T* maps, int64_t N, const Grid& grid, int threads) {
 }
 
 template <typename T>
-Workspace<T> weights_of(const T* image, int64_t K, const Grid& grid, const std::vector<int64_t>& to, bool pamr,
-                        const double* position, int threads, const Kernels<T>& kernels) {
-  const Workspace<T> padded = pad(image, K, grid, threads);
+Memory<T> weights_of(const T* image, int64_t K, const Grid& grid, const std::vector<int64_t>& to, bool pamr,
+                     const double* position, int threads, const Kernels<T>& kernels) {
+  const Memory<T> padded = pad(image, K, grid, threads);
   const std::vector<T> added(position, position + grid.P);
-  Workspace<T> weights = workspace<T>(grid.H * grid.blocks() * grid.P * BLOCK);
+  Memory<T> weights = buffer<T>(grid.H * grid.blocks() * grid.P * BLOCK);
   parallel_for(grid.H, 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y)
       for (int64_t i = 0; i < grid.blocks(); ++i)
@@ -225,8 +225,8 @@ template <typename T>
 void refine_image(const T* masks, const T* image, T* out, int64_t C, int64_t K, const Grid& grid, bool pamr,
                   const double* position, int64_t iterations, int threads, const Kernels<T>& kernels) {
   const std::vector<int64_t> to = grid.jumps();
-  const Workspace<T> weights = weights_of(image, K, grid, to, pamr, position, threads, kernels);
-  Workspace<T> now = pad(masks, C, grid, threads), next = workspace<T>(C * grid.plane());
+  const Memory<T> weights = weights_of(image, K, grid, to, pamr, position, threads, kernels);
+  Memory<T> now = pad(masks, C, grid, threads), next = buffer<T>(C * grid.plane());
   const int64_t across = (grid.blocks() + TILE_BLOCKS - 1) / TILE_BLOCKS, down = (grid.H + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t i = 0; i < iterations; ++i) {
     parallel_for(across * down, 1, threads, [&](int64_t begin, int64_t end) {
@@ -253,7 +253,7 @@ template <typename T>
 void gradient_image(const T* grad, const T* image, T* grad_masks, int64_t C, int64_t K, const Grid& grid, bool pamr,
                     const double* position, int64_t iterations, int threads, const Kernels<T>& kernels) {
   const std::vector<int64_t> to = grid.jumps();
-  const Workspace<T> weights = weights_of(image, K, grid, to, pamr, position, threads, kernels);
+  const Memory<T> weights = weights_of(image, K, grid, to, pamr, position, threads, kernels);
   parallel_for(C, 1, threads, [&](int64_t begin, int64_t end) {
     const int64_t width = grid.blocks() * BLOCK;
     std::vector<T> g(grid.H * width), padded(grid.plane());
