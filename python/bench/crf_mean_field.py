@@ -109,11 +109,48 @@ def gpu_steps(
     return lambda: field.result(steps), replay
 
 
+def several_cases() -> CaseIterator:
+    """Two problems on one image, as IRN's labels need them, and 16 images; ten steps, lattices included."""
+    (gaussian, bilateral), name = SETTINGS["sxy 50 srgb 5"], "sxy 50 srgb 5"
+    for K in (2, 4, 21):
+        unary, image = problem(375, 500, K)
+        two = torch.stack([unary, unary.roll(40, -1)], dim=1)  # (1, 2, K, H, W): they share the lattice
+        many = torch.cat([unary.roll(s, -1) for s in range(0, 256, 16)])
+        images = torch.cat([image.roll(s, -1) for s in range(0, 256, 16)])
+        for title, u, i in (
+            (f"two problems on 500 x 375, K {K}", two, image),
+            (f"16 of 500 x 375, K {K}", many, images),
+        ):
+            options = {"iterations": 10, "gaussian": gaussian, "bilateral": bilateral}
+
+            def peer(u: Tensor = u, i: Tensor = i, o: dict = options) -> Tensor:
+                problems = u.reshape(-1, 1, *u.shape[-3:])
+                own = i.expand(len(problems), -1, -1, -1)
+                return torch.cat([pydensecrf(p, x[None], **o) for p, x in zip(problems, own, strict=True)]).view(
+                    u.shape
+                )
+
+            yield Case(
+                name=f"{title}, {name}, 10 steps, lattices included",
+                runners={
+                    "fastcam": lambda o=options, u=u, i=i: crf_mean_field(u, i, **o),
+                    "fastcam, kernel lattice": lambda o=options, u=u, i=i: crf_mean_field(u, i, kernel="lattice", **o),
+                    "pydensecrf": peer,
+                },
+                expected=peer,
+                moved=4 * 2 * u.numel() + 3 * i[:, 0].numel(),
+                operations=10 * u.numel() * 2 * (6 + 6 + 2 * 27),
+                tolerance=1e-3,
+                unchecked={"fastcam": "spatial term an exact Gaussian, pydensecrf's a lattice: other numbers"},
+            )
+
+
 def cases(device: str) -> CaseIterator:
     """VOC, COCO and Cityscapes sizes, lattice included; ten steps, and none but the lattice (one step)."""
     if device == "cuda":
         yield from gpu_cases()
         return
+    yield from several_cases()
     for H, W, K in SIZES:
         unary, image = problem(H, W, K)
         for name, (gaussian, bilateral) in SETTINGS.items():

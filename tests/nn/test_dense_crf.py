@@ -107,6 +107,25 @@ def test_compatibilities_are_parameters_only_if_they_learn(problem):
         torch.testing.assert_close(fixed(logits, image), learns(logits, image))
 
 
+def test_gradient_of_learned_compatibilities(problem):
+    logits, image = problem
+    costs = torch.tensor([[0.0, 1, 2], [1, 0, 1], [2, 1, 0]])
+    crf = DenseCRF(gaussian=(1.5, costs), bilateral=(4, 60, 3), iterations=2, learn_compat=True).double()
+
+    def result(gaussian_compat, bilateral_compat):
+        values = {"gaussian_compat": gaussian_compat, "bilateral_compat": bilateral_compat}
+        return torch.func.functional_call(crf, values, (logits.double(), image))
+
+    start = [crf.gaussian_compat.detach().clone(), crf.bilateral_compat.detach().clone()]
+    assert torch.autograd.gradcheck(result, [t.requires_grad_() for t in start])
+    loss = crf(logits.double(), image)[:, 1].sum()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in crf.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert crf(logits.double(), image)[:, 1].sum() < loss
+
+
 def test_repr_tells_two_crfs_apart():
     assert "iterations=10, gaussian_sigma=(3,), bilateral_sigma=(50, 5)" in repr(DenseCRF.preset("irn"))
 
