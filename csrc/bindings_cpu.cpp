@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "cpu/lattice.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 
 namespace {
@@ -28,6 +29,22 @@ void bind_lattice(pybind11::module_& m) {
           pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
+// Bytes that Python may hold; see cpu/memory.h.
+struct Bytes {
+  fastcam::Memory<char> memory;
+  int64_t size;
+};
+
+void bind_memory(pybind11::module_& m) {
+  pybind11::class_<Bytes>(m, "Memory", pybind11::buffer_protocol())
+      .def(pybind11::init(
+          [](int64_t size) { return std::make_unique<Bytes>(Bytes{fastcam::buffer<char>(size), size}); }))
+      .def_buffer([](Bytes& bytes) {
+        return pybind11::buffer_info(reinterpret_cast<unsigned char*>(bytes.memory.get()), bytes.size);
+      })
+      .attr("LARGE") = static_cast<int64_t>(fastcam::LARGE_PAGE);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -44,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "feature_affinity_fwd", feature_affinity_fwd);
   bind(m, "feature_affinity_bwd", feature_affinity_bwd);
   bind_lattice(m);
+  bind_memory(m);
   bind(m, "pairwise_max_fwd", pairwise_max_fwd);
   bind(m, "pairwise_max_bwd", pairwise_max_bwd);
   bind(m, "path_affinity_fwd", path_affinity_fwd);

@@ -57,6 +57,7 @@ FASTCAM_MULTIVERSION void write_rows_f64(const Plan<double>& plan, int64_t bc, i
 template <typename T, typename Rows>
 void forward(const Plan<T>& plan, const bool* present, T* out, T* stats, int64_t BC, int normalize, T eps, int threads,
              Rows write) {
+  threads = threads_for(BC * plan.H * plan.W, threads);
   if (normalize == FUSE_BY_NOTHING) {
     std::fill(stats, stats + 2 * BC, T(0));
   } else {

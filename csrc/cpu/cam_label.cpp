@@ -54,6 +54,7 @@ FASTCAM_MULTIVERSION void keep_best_f64(const Plan<double>& plan, int64_t bc, in
 template <typename T, typename Keep>
 void label_maps(const Plan<T>& plan, const bool* present, const uint8_t* labels, T background, uint8_t* out, int64_t B,
                 int64_t C, int normalize, T eps, int threads, Keep keep) {
+  threads = threads_for(B * C * plan.H * plan.W, threads);
   std::vector<T> stats(2 * B * C);
   if (normalize != FUSE_BY_NOTHING) extremes_of_maps(plan, present, B * C, threads, stats.data());
   const int64_t bands = (plan.H + BAND - 1) / BAND;

@@ -21,6 +21,11 @@
 
 namespace fastcam {
 
+// How many of `threads` are worth waking: for half a million values, half a millisecond, one more gains nothing.
+inline int threads_for(int64_t values, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + values / 600000));
+}
+
 constexpr int64_t VECTORS = 4;  // vectors of an output row that are in registers at once
 
 template <typename T>

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 
 ACTIVATION = (None, "relu", "resized_relu", "fused_relu")  # as csrc/cam_fuse.h numbers them
 REDUCE = ("sum", "mean", "max", "pair_max")
@@ -41,7 +42,7 @@ def cam_fuse_fwd(
         return out, stats
     x = [cam.to(work).contiguous() for cam in cams]
     views = table(x, flips, x)
-    out = torch.empty((B, C, *size), dtype=work)
+    out = empty((B, C, *size), work)
     _C.cam_fuse_fwd(
         views.data_ptr(), address(mask), out.data_ptr(), stats.data_ptr(), work == torch.float64, len(x), B * C,
         *policy, torch.get_num_threads(),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 
 
 def correlation_propagate_fwd(x: Tensor, f: Tensor, steps: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -14,7 +15,7 @@ def correlation_propagate_fwd(x: Tensor, f: Tensor, steps: int, eps: float) -> t
     work = torch.promote_types(x.dtype, torch.float32)
     B, C, H, W = x.shape
     x_work, f_work = (t.to(work).contiguous() for t in (x, f))
-    out, between = torch.empty((B, C, H, W), dtype=work), torch.empty((steps - 1, B, C, H, W), dtype=work)
+    out, between = empty((B, C, H, W), work), empty((steps - 1, B, C, H, W), work)
     divisor = torch.empty((B, H, W), dtype=work)
     _C.correlation_propagate_fwd(
         x_work.data_ptr(), f_work.data_ptr(), out.data_ptr(), between.data_ptr(), divisor.data_ptr(),
@@ -30,7 +31,7 @@ def correlation_propagate_bwd(
     work = divisor.dtype
     B, C, H, W = x.shape
     g, x_work, f_work, y = (t.to(work).contiguous() for t in (grad, x, f, out))
-    grad_x, grad_f = torch.empty_like(x_work), torch.empty_like(f_work)
+    grad_x, grad_f = empty(x_work.shape, work), empty(f_work.shape, work)
     _C.correlation_propagate_bwd(
         g.data_ptr(), x_work.data_ptr(), f_work.data_ptr(), y.data_ptr(), between.data_ptr(), divisor.data_ptr(),
         grad_x.data_ptr(), grad_f.data_ptr(), work == torch.float64,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 from fastcam.reference.crf_mean_field import check_compats, problems_per_image, true_sizes
 
 _NORMALIZATIONS = ("symmetric", "before", "after", "none")  # in the order of the enumerations in crf_mean_field.cpp
@@ -27,7 +28,7 @@ class Lattice:
     def filter(self, x: Tensor, reverse: bool = False) -> Tensor:
         """``x (V, N)``, float32 or float64 -> :math:`(V, N)`."""
         x = x.contiguous()
-        out = torch.empty_like(x)
+        out = empty(x.shape, x.dtype)
         self._lattice.filter(
             x.data_ptr(), out.data_ptr(), x.dtype == torch.float64, len(x), reverse, torch.get_num_threads()
         )
@@ -96,7 +97,7 @@ def _arguments(
         _KERNELS.index(kernel), torch.get_num_threads(),
     )  # fmt: skip
     alive = u, rgb, gaussian, bilateral, sizes, sigma
-    return _Arguments(before_out, after_out, alive), torch.empty((problems, K, H, W), dtype=work)
+    return _Arguments(before_out, after_out, alive), empty((problems, K, H, W), work)
 
 
 def _check_memory(K: int, H: int, W: int, work: torch.dtype) -> None:

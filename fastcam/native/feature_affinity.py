@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastcam import _C
 from fastcam._paths import destinations
+from fastcam.native._memory import empty
 
 
 def feature_affinity_fwd(features: Tensor, radius: int, margin: int) -> Tensor:
@@ -15,7 +16,7 @@ def feature_affinity_fwd(features: Tensor, radius: int, margin: int) -> Tensor:
     B, D, H, W = features.shape
     f = features.to(work).contiguous()
     offsets = torch.tensor(destinations(radius), dtype=torch.int64)
-    out = torch.empty((B, len(offsets), H, W), dtype=work)
+    out = empty((B, len(offsets), H, W), work)
     _C.feature_affinity_fwd(
         f.data_ptr(), offsets.data_ptr(), out.data_ptr(), work == torch.float64,
         B, D, len(offsets), H, W, radius, margin, torch.get_num_threads(),
@@ -29,7 +30,7 @@ def feature_affinity_bwd(grad: Tensor, features: Tensor, out: Tensor, radius: in
     B, D, H, W = features.shape
     g, f, a = (t.to(work).contiguous() for t in (grad, features, out))
     offsets = torch.tensor(destinations(radius), dtype=torch.int64)
-    grad_f = torch.empty_like(f)
+    grad_f = empty(f.shape, f.dtype)
     _C.feature_affinity_bwd(
         g.data_ptr(), f.data_ptr(), a.data_ptr(), offsets.data_ptr(), grad_f.data_ptr(), work == torch.float64,
         B, D, len(offsets), H, W, radius, margin, torch.get_num_threads(),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 
 
 def pairwise_max_fwd(
@@ -32,7 +33,7 @@ def pairwise_max_bwd(
     B, D, N = query.shape
     g, q, s = (t.to(work).contiguous() for t in (grad, query, support))
     index = indices.contiguous()
-    grad_q, grad_s = torch.empty_like(q), torch.empty_like(s)
+    grad_q, grad_s = empty(q.shape, q.dtype), empty(s.shape, s.dtype)
     _C.pairwise_max_bwd(
         g.data_ptr(), q.data_ptr(), s.data_ptr(), index.data_ptr(), grad_q.data_ptr(), grad_s.data_ptr(),
         work == torch.float64, B, D, N, s.shape[2], cosine, eps, torch.get_num_threads(),

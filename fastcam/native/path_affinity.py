@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcam import _C
 from fastcam._paths import paths
+from fastcam.native._memory import empty
 
 
 def path_affinity_fwd(edge: Tensor, radius: int) -> Tensor:
@@ -17,7 +18,7 @@ def path_affinity_fwd(edge: Tensor, radius: int) -> Tensor:
     B, H, W = edge.shape
     e = edge.to(work).contiguous()
     offsets, ends = _tables(radius)
-    out = torch.empty((B, len(ends), H, W), dtype=work)
+    out = empty((B, len(ends), H, W), work)
     _C.path_affinity_fwd(
         e.data_ptr(), offsets.data_ptr(), ends.data_ptr(), out.data_ptr(), work == torch.float64,
         B, len(ends), H, W, torch.get_num_threads(),

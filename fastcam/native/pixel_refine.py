@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcam import _C
 from fastcam._dilated import neighbours, position_weights
+from fastcam.native._memory import empty
 
 
 def pixel_refine_fwd(masks: Tensor, image: Tensor, mode: str, dilations: Sequence[int], iterations: int) -> Tensor:
@@ -29,7 +30,7 @@ def _launch(
     m, colours = x.to(work).contiguous(), image.to(work).contiguous()
     offsets = torch.tensor(neighbours(dilations), dtype=torch.int64)
     position = torch.tensor(position_weights(dilations), dtype=torch.float64) * (mode == "par")
-    out = torch.empty_like(m)
+    out = empty(m.shape, m.dtype)
     if out.numel() > 0:
         run(
             m.data_ptr(), colours.data_ptr(), offsets.data_ptr(), position.data_ptr(), out.data_ptr(),

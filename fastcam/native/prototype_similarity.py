@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 
 
 def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -14,7 +15,7 @@ def prototype_similarity_fwd(x: Tensor, p: Tensor, relu: bool, eps: float) -> tu
     B, D, H, W = x.shape
     K = p.shape[-2]
     x_work, p_work = (t.to(work).contiguous() for t in (x, p))
-    out = torch.empty((B, K, H, W), dtype=work)
+    out = empty((B, K, H, W), work)
     r = torch.empty((B, H, W), dtype=work)
     _C.prototype_similarity_fwd(
         x_work.data_ptr(), p_work.data_ptr(), out.data_ptr(), r.data_ptr(), work == torch.float64,
@@ -31,7 +32,7 @@ def prototype_similarity_bwd(
     B, D, H, W = x.shape
     K = p.shape[-2]
     g, x_work, p_work, s = (t.to(work).contiguous() for t in (grad, x, p, out))
-    grad_x, weights, grad_p = torch.empty_like(x_work), torch.empty_like(g), torch.empty_like(p_work)
+    grad_x, weights, grad_p = (empty(t.shape, t.dtype) for t in (x_work, g, p_work))
     _C.prototype_similarity_bwd(
         g.data_ptr(), x_work.data_ptr(), p_work.data_ptr(), s.data_ptr(), r.data_ptr(),
         grad_x.data_ptr(), weights.data_ptr(), grad_p.data_ptr(), work == torch.float64,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
+from fastcam.native._memory import empty
 
 NAMES = ("none", "sum", "area", "softmax")
 
@@ -32,7 +33,7 @@ def region_pool_bwd(
     B, D, H, W = x.shape
     K = w.shape[1]
     g, x_work, w_work, f = (t.to(work).contiguous() for t in (grad, x, w, out))
-    grad_x, grad_w = torch.empty_like(x_work), torch.empty_like(w_work)
+    grad_x, grad_w = empty(x_work.shape, x_work.dtype), empty(w_work.shape, w_work.dtype)
     _C.region_pool_bwd(
         g.data_ptr(), x_work.data_ptr(), w_work.data_ptr(), f.data_ptr(), r.data_ptr(), grad_x.data_ptr(),
         grad_w.data_ptr(), work == torch.float64, B, D, H * W, K, NAMES.index(normalize), torch.get_num_threads(),
