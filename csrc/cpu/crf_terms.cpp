@@ -12,9 +12,6 @@
 namespace fastcam {
 namespace {
 
-typedef uint16_t Narrow;  // of which two are added without overflow:
-constexpr int NARROW_MAX = 32767;
-
 // out[c] = sum_t taps[t] * (row[c - t stride] + row[c + t stride]) for blocks of W R columns from c on; where they end.
 template <typename T, int W, int R>
 FASTCAM_INLINE int64_t symmetric_taps(const T* taps, int64_t radius, const T* row, int64_t stride, T* out, int64_t c,
@@ -35,48 +32,6 @@ FASTCAM_INLINE void filter(const T* taps, int64_t radius, const T* row, int64_t 
   c = symmetric_taps<T, 16, 1>(taps, radius, row, stride, out, c, n);
   symmetric_taps<T, 1, 1>(taps, radius, row, stride, out, c, n);
 }
-
-// The same. Two neighbours in 32 bits are told apart by a mask and a shift, and go on in vectors of their own.
-template <typename T>
-FASTCAM_INLINE void filter(const T* taps, int64_t radius, const Narrow* row, int64_t stride, T* out, int64_t n) {
-  constexpr int W = 16, R = 2;
-  typedef typename Lanes<T, W>::type Numbers;
-  typedef typename Lanes<int32_t, W>::type Pairs;
-  int64_t c = 0;
-  for (; c + 2 * W * R <= n; c += 2 * W * R) {
-    Numbers even[R] = {}, odd[R] = {};
-    for (int64_t t = 0; t <= radius; ++t)
-      for (int r = 0; r < R; ++r) {
-        const Narrow* at = row + c + 2 * r * W;
-        const typename Lanes<Narrow, 2 * W>::type sum =
-            lanes<Narrow, 2 * W>(at - t * stride) + lanes<Narrow, 2 * W>(at + t * stride);
-        const Pairs pairs = reinterpret_cast<const Pairs&>(sum);
-        even[r] += taps[t] * __builtin_convertvector(pairs & 0xffff, Numbers);
-        odd[r] += taps[t] * __builtin_convertvector((pairs >> 16) & 0xffff, Numbers);
-      }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < W; ++i) {
-        out[c + 2 * (r * W + i)] = even[r][i];
-        out[c + 2 * (r * W + i) + 1] = odd[r][i];
-      }
-  }
-  for (; c < n; ++c) {
-    T sum = 0;
-    for (int64_t t = 0; t <= radius; ++t)
-      sum += taps[t] * static_cast<T>(static_cast<Narrow>(row[c - t * stride] + row[c + t * stride]));
-    out[c] = sum;
-  }
-}
-
-template <typename Row>
-struct NarrowRows {  // out = round(scale[i] * factor * rows[i])
-  typedef typename Row::Number T;
-  static FASTCAM_INLINE void run(int64_t c, const T* rows, const T* scale, T factor, Narrow* out, int64_t count,
-                                 int64_t width) {
-    for (int64_t i = 0; i < count; ++i)
-      (Row::load(rows + i * width + c) * (scale[i] * factor) + T(0.5)).store_as(out + i * width + c);
-  }
-};
 
 template <typename Row>
 struct WeightedSum {  // out[c] += sum_j weight[j] * rows[j][c]
@@ -107,26 +62,18 @@ FASTCAM_INLINE void exact_row(const T* features, int64_t d, int64_t N, int64_t i
   }
 }
 
-#define FASTCAM_TERM_LOOPS(T)                                                                                    \
-  FASTCAM_MULTIVERSION void filter_row(const T* taps, int64_t radius, const T* row, int64_t stride, T* out,      \
-                                       int64_t n) {                                                              \
-    filter(taps, radius, row, stride, out, n);                                                                   \
-  }                                                                                                              \
-  FASTCAM_MULTIVERSION void filter_row(const T* taps, int64_t radius, const Narrow* row, int64_t stride, T* out, \
-                                       int64_t n) {                                                              \
-    filter(taps, radius, row, stride, out, n);                                                                   \
-  }                                                                                                              \
-  FASTCAM_MULTIVERSION void narrow_rows(const T* rows, const T* scale, T factor, Narrow* out, int64_t count,     \
-                                        int64_t width) {                                                         \
-    each_piece<NarrowRows, T>(width, rows, scale, factor, out, count, width);                                    \
-  }                                                                                                              \
-  FASTCAM_MULTIVERSION void scaled_rows(const T* rows, const T* scale, T* out, int64_t count, int64_t width) {   \
-    if (width > 1) return each_piece<ScaledRows, T>(width, rows, scale, out, count, width);                      \
-    for (int64_t i = 0; i < count; ++i) out[i] = scale[i] * rows[i];                                             \
-  }                                                                                                              \
-  FASTCAM_MULTIVERSION void exact_rows(const T* features, int64_t d, int64_t N, int64_t begin, int64_t end,      \
-                                       const T* x, T* out, int64_t width) {                                      \
-    for (int64_t i = begin; i < end; ++i) exact_row(features, d, N, i, x, out + i * width, width);               \
+#define FASTCAM_TERM_LOOPS(T)                                                                                  \
+  FASTCAM_MULTIVERSION void filter_row(const T* taps, int64_t radius, const T* row, int64_t stride, T* out,    \
+                                       int64_t n) {                                                            \
+    filter(taps, radius, row, stride, out, n);                                                                 \
+  }                                                                                                            \
+  FASTCAM_MULTIVERSION void scaled_rows(const T* rows, const T* scale, T* out, int64_t count, int64_t width) { \
+    if (width > 1) return each_piece<ScaledRows, T>(width, rows, scale, out, count, width);                    \
+    for (int64_t i = 0; i < count; ++i) out[i] = scale[i] * rows[i];                                           \
+  }                                                                                                            \
+  FASTCAM_MULTIVERSION void exact_rows(const T* features, int64_t d, int64_t N, int64_t begin, int64_t end,    \
+                                       const T* x, T* out, int64_t width) {                                    \
+    for (int64_t i = begin; i < end; ++i) exact_row(features, d, N, i, x, out + i * width, width);             \
   }
 FASTCAM_TERM_LOOPS(float)
 FASTCAM_TERM_LOOPS(double)
@@ -225,30 +172,21 @@ class SpatialTerm : public Term<T> {
         taps_y_(taps(sigma[1], cut, size.h)),
         diagonals_(size.h * size.w) {
     diagonals_ = Diagonals<T>(ones(1), normalization);
-    step_ = *std::max_element(diagonals_.before.begin(), diagonals_.before.end()) / NARROW_MAX;
   }
 
   void start(int64_t width, bool adjoint, int) override {
     const int64_t room = (size_.h + 2 * radius_y()) * size_.w * width;
     Fed& fed = fed_[1];
-    fed.narrow = sizeof(T) == sizeof(float) && width > FEW && !adjoint;
-    fed.adjoint = adjoint;
+    if (room != fed.room) fed.rows = buffer<T>(room, T(0));
+    fed.room = room;
     fed.width = width;
-    const int64_t bytes = room * (fed.narrow ? sizeof(Narrow) : sizeof(T));
-    if (bytes != fed.bytes) fed.memory = buffer<char>(bytes, 0);
-    fed.bytes = bytes;
+    fed.adjoint = adjoint;
   }
 
   void feed(int64_t begin, int64_t end, const T* q) override {
     const Fed& fed = fed_[1];
-    const int64_t to = (radius_y() * size_.w + begin) * fed.width;
-    if (fed.narrow) {
-      narrow_rows(q, diagonals_.before.data() + begin, 1 / step_, fed.template as<Narrow>() + to, end - begin,
-                  fed.width);
-    } else {
-      scaled_rows(q, (fed.adjoint ? diagonals_.after : diagonals_.before).data() + begin, fed.template as<T>() + to,
-                  end - begin, fed.width);
-    }
+    scaled_rows(q, (fed.adjoint ? diagonals_.after : diagonals_.before).data() + begin,
+                fed.rows.get() + (radius_y() * size_.w + begin) * fed.width, end - begin, fed.width);
   }
 
   void finish(int) override { std::swap(fed_[0], fed_[1]); }
@@ -262,17 +200,11 @@ class SpatialTerm : public Term<T> {
       const int64_t y = begin / size_.w, x = begin % size_.w, count = std::min(end - begin, size_.w - x);
       if (y / ROWS != scratch.y / ROWS || scratch.y < 0) {
         scratch.y = y / ROWS * ROWS;
-        if (fed.narrow) {
-          filter_columns(fed.template as<Narrow>(), width, scratch);
-        } else {
-          filter_columns(fed.template as<T>(), width, scratch);
-        }
+        filter_columns(fed.rows.get(), width, scratch);
       }
       const T* row = scratch.rows.data() + (y - scratch.y) * stride + margin + x * width;
       filter_row(taps_x_.data(), radius_x(), row, width, out, count * width);
       scaled_rows(out, scale + begin, out, count, width);
-      if (fed.narrow)
-        for (int64_t i = 0; i < count * width; ++i) out[i] *= step_;
       begin += count;
       out += count * width;
     }
@@ -290,17 +222,12 @@ class SpatialTerm : public Term<T> {
   }
 
  private:
-  static constexpr int64_t FEW = 4, ROWS = 4, COLUMNS = 512;
+  static constexpr int64_t ROWS = 4, COLUMNS = 512;
 
   struct Fed {
-    Memory<char> memory;
-    int64_t bytes = 0, width = 0;
-    bool narrow = false, adjoint = false;
-
-    template <typename S>
-    S* as() const {
-      return reinterpret_cast<S*>(memory.get());
-    }
+    Memory<T> rows;
+    int64_t room = 0, width = 0;
+    bool adjoint = false;
   };
 
   // Weights of 0, 1, ... steps; half of the first, which is added twice.
@@ -315,8 +242,7 @@ class SpatialTerm : public Term<T> {
   }
 
   // The rows of `scratch`, a few columns at a time, so that what they need stays in L1.
-  template <typename S>
-  void filter_columns(const S* fed, int64_t width, Scratch<T>& scratch) const {
+  void filter_columns(const T* fed, int64_t width, Scratch<T>& scratch) const {
     const int64_t n = size_.w * width, margin = radius_x() * width;
     for (int64_t c = 0; c < n; c += COLUMNS)
       for (int64_t y = scratch.y; y < std::min(scratch.y + ROWS, size_.h); ++y)
@@ -330,7 +256,6 @@ class SpatialTerm : public Term<T> {
   Size size_;
   std::vector<T> taps_x_, taps_y_;
   Diagonals<T> diagonals_;
-  T step_ = 1;  // what one of a narrow number stands for
   Fed fed_[2];  // what messages come from, and what is fed
 };
 

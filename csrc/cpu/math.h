@@ -60,8 +60,6 @@ template <typename T, int W, int R, int Tail>
 struct Row {
   typedef T Number;
   static constexpr int LAST = Tail > 0 ? Tail : 1;
-  template <int L>
-  using Integers = typename Lanes<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, L>::type;
   typename Lanes<T, W>::type body[R];
   typename Lanes<T, LAST>::type tail;
 
@@ -78,16 +76,6 @@ struct Row {
   FASTCAM_INLINE void store(T* p) const {
     for (int r = 0; r < R; ++r) lanes<T, W>(p + r * W) = body[r];
     if constexpr (Tail > 0) lanes<T, LAST>(p + R * W) = tail;
-  }
-  // Converted to another type of number.
-  template <typename S>
-  FASTCAM_INLINE void store_as(S* p) const {
-    for (int r = 0; r < R; ++r)
-      lanes<S, W>(p + r * W) =
-          __builtin_convertvector(__builtin_convertvector(body[r], Integers<W>), typename Lanes<S, W>::type);
-    if constexpr (Tail > 0)
-      lanes<S, LAST>(p + R * W) =
-          __builtin_convertvector(__builtin_convertvector(tail, Integers<LAST>), typename Lanes<S, LAST>::type);
   }
   FASTCAM_INLINE Row operator+(const Row& other) const {
     Row row = {};

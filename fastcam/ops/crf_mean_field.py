@@ -32,6 +32,7 @@ BWD = op(f"crf_mean_field_bwd(Tensor grad, bool compat_grad, {_ARGUMENTS}) -> (T
 CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always, "triton": backends.needs_gpu}
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 KERNELS = ("fast", "lattice", "exact")
+FEW = 4  # labels up to which a separable Gaussian is faster than a lattice
 
 Sigma = float | Sequence[float]
 Compat = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
@@ -91,9 +92,10 @@ def crf_mean_field(
             negative), or a matrix :math:`(K, K)` of costs, of which the symmetric part is taken.
         normalization: with :math:`n` the kernel of ones: ``"symmetric"`` :math:`n^{-1/2} K n^{-1/2}`, ``"before"``
             :math:`K n^{-1}`, ``"after"`` :math:`n^{-1} K`, ``"none"``.
-        kernel: ``"fast"``: bilateral term on a permutohedral lattice, spatial term as an exact separable Gaussian
-            (up to 4.5 standard deviations). ``"lattice"``: both on lattices, which gives pydensecrf's numbers.
-            ``"exact"``: true Gaussian sums, in time proportional to :math:`N^2`.
+        kernel: ``"lattice"``: both terms on permutohedral lattices, which gives pydensecrf's numbers. ``"fast"``: the
+            same for more than four labels; up to four, where this is faster, the spatial term is an exact separable
+            Gaussian (up to 4.5 standard deviations). ``"exact"``: true Gaussian sums, in time proportional to
+            :math:`N^2`.
         valid: int64 :math:`(B, 2)`, true heights and widths of images padded to one size. Pixels outside take no part
             and are 0 in the result.
         backend: ``"cpp"``, ``"triton"``, ``"reference"``, or ``None`` to choose.
@@ -142,6 +144,8 @@ def crf_mean_field(
         raise ValueError(f"crf_mean_field: expected normalization in {NORMALIZATIONS}, got {normalization!r}")
     if kernel not in KERNELS:
         raise ValueError(f"crf_mean_field: expected kernel in {KERNELS}, got {kernel!r}")
+    if kernel == "fast" and K > FEW:
+        kernel = "lattice"
     gaussian_sigma: list[float] = []
     bilateral_sigma: list[float] = []
     gaussian_compat = bilateral_compat = None

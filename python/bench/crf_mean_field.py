@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from fastcam import crf_mean_field
 from fastcam.bench._harness import Case, CaseIterator
+from fastcam.ops.crf_mean_field import FEW
 from fastcam.ops.unaries import unary_from_softmax
 
 SETTINGS = {  # name -> gaussian, bilateral
     "sxy 50 srgb 5": ((3, 3), (50, 5, 10)),
     "sxy 80 srgb 13": ((3, 3), (80, 13, 10)),
 }
+SPATIAL = "up to four labels the spatial term is an exact Gaussian, pydensecrf's a lattice: other numbers"
 SIZES = ((375, 500, 2), (375, 500, 4), (375, 500, 21), (480, 640, 81), (1024, 2048, 2))
 
 
@@ -134,14 +136,13 @@ def several_cases() -> CaseIterator:
                 name=f"{title}, {name}, 10 steps, lattices included",
                 runners={
                     "fastcam": lambda o=options, u=u, i=i: crf_mean_field(u, i, **o),
-                    "fastcam, kernel lattice": lambda o=options, u=u, i=i: crf_mean_field(u, i, kernel="lattice", **o),
                     "pydensecrf": peer,
                 },
                 expected=peer,
                 moved=4 * 2 * u.numel() + 3 * i[:, 0].numel(),
                 operations=10 * u.numel() * 2 * (6 + 6 + 2 * 27),
-                tolerance=1e-3,
-                unchecked={"fastcam": "spatial term an exact Gaussian, pydensecrf's a lattice: other numbers"},
+                tolerance=1e-2,  # ten steps enlarge rounding where two labels are equally likely
+                unchecked={"fastcam": SPATIAL} if K <= FEW else {},
             )
 
 
@@ -164,8 +165,14 @@ def cases(device: str) -> CaseIterator:
                     name=f"{W} x {H}, K {K}, {name}, {steps} step{'s' if steps > 1 else ''}, lattice included",
                     runners={
                         "fastcam": lambda o=options, u=u, i=i: crf_mean_field(u, i, **o),
-                        "fastcam, kernel lattice": lambda o=options, u=u, i=i: crf_mean_field(
-                            u, i, kernel="lattice", **o
+                        **(
+                            {
+                                "fastcam, kernel lattice": lambda o=options, u=u, i=i: crf_mean_field(
+                                    u, i, kernel="lattice", **o
+                                )
+                            }
+                            if K <= FEW
+                            else {}
                         ),
                         **rivals,
                     },
@@ -173,5 +180,5 @@ def cases(device: str) -> CaseIterator:
                     moved=4 * (2 * K * H * W) + 3 * H * W,
                     operations=steps * H * W * K * 2 * (6 + 6 + 2 * 27),
                     tolerance=1e-3,
-                    unchecked={"fastcam": "spatial term an exact Gaussian, pydensecrf's a lattice: other numbers"},
+                    unchecked={"fastcam": SPATIAL} if K <= FEW else {},
                 )
