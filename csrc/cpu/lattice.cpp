@@ -628,9 +628,6 @@ void Lattice::copy_to(int32_t* vertex, float* weight, int32_t* neighbour) const 
   for (int64_t v = 0; v < M_; ++v) number_of(static_cast<int32_t>(v));  // those of no point
   std::fill_n(neighbour, (d_ + 1) * M_ * 2, static_cast<int32_t>(M_));
   for (const Axis& axis : axes_) {
-    for (int64_t v = 0; few_ && v < M_; ++v)
-      for (int64_t side = 0; side < 2; ++side)
-        if (axis.near[side * M_ + v] != zero_) neighbour[2 * number[v] + side] = number[axis.near[side * M_ + v]];
     for (size_t e = 0; e + 1 < axis.chains.size(); ++e) {
       if (axis.chains[e] == zero_ || axis.chains[e + 1] == zero_) continue;
       const int32_t v = number[axis.chains[e]], next = number[axis.chains[e + 1]];
@@ -689,8 +686,7 @@ namespace {
 template <typename T>
 void filter_planes(const Lattice& lattice, const T* x, T* out, int64_t V, bool reverse, int threads) {
   const int64_t N = lattice.points(), width = row_width(V);
-  const int64_t room = lattice.rows() * width;
-  const Memory<T> sums = buffer<T>(room, T(0)), spare = buffer<T>(lattice.needs_spare() ? room : 0, T(0));
+  const Memory<T> z = buffer<T>(lattice.rows() * width, T(0));
   const auto each_tile = [&](const std::function<void(int64_t, int64_t, T*)>& f) {
     parallel_for((N + Lattice::BAND - 1) / Lattice::BAND, 1, threads, [&](int64_t first, int64_t last) {
       std::vector<T> rows(TILE * width, T(0));
@@ -701,11 +697,11 @@ void filter_planes(const Lattice& lattice, const T* x, T* out, int64_t V, bool r
   each_tile([&](int64_t begin, int64_t end, T* rows) {
     for (int64_t v = 0; v < V; ++v)
       for (int64_t i = begin; i < end; ++i) rows[(i - begin) * width + v] = x[v * N + i];
-    lattice.splat<T>(begin, end, rows, nullptr, sums.get(), width);
+    lattice.splat<T>(begin, end, rows, nullptr, z.get(), width);
   });
-  const T* z = lattice.blur(sums.get(), spare.get(), width, reverse, threads);
+  lattice.blur(z.get(), static_cast<T*>(nullptr), width, reverse, threads);
   each_tile([&](int64_t begin, int64_t end, T* rows) {
-    lattice.slice<T>(z, begin, end, nullptr, rows, width);
+    lattice.slice<T>(z.get(), begin, end, nullptr, rows, width);
     for (int64_t v = 0; v < V; ++v)
       for (int64_t i = begin; i < end; ++i) out[v * N + i] = rows[(i - begin) * width + v];
   });

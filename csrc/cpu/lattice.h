@@ -17,8 +17,8 @@ class Lattice {
  public:
   static constexpr int64_t BAND = 16384;
 
-  // features (d, N). `few`: only rows of one or two numbers will be filtered. Throws std::invalid_argument for features
-  // that are not finite or too large, too many points or dimensions.
+  // features (d, N). `few`: made for rows of few numbers; offers splat, blur and slice alone, and blur needs a spare.
+  // Throws std::invalid_argument for features that are not finite or too large, too many points or dimensions.
   Lattice(const float* features, int64_t d, int64_t N, bool few, int threads);
 
   int64_t points() const { return N_; }
@@ -33,14 +33,12 @@ class Lattice {
 
   // How many rows the vertices' values z take.
   int64_t rows() const { return zero_ + 1 + blocks_; }
-  // Whether a blur needs rows() more rows, all 0 to begin with.
-  bool needs_spare() const { return few_; }
   // Adds rows x of the points [begin, end), all in one band, each times `scale` of its point (or 1, if that is null),
   // to z, which was all 0 to begin with.
   template <typename T>
   void splat(int64_t begin, int64_t end, const T* x, const T* scale, T* z, int64_t width) const;
-  // After all points were splatted; returns which of z and `spare` (null unless needs_spare()) holds the result. Axes
-  // in reverse order: the adjoint.
+  // After all points were splatted; returns which of z and `spare` holds the result. `spare`, wanted if `few`: rows()
+  // more rows, the last of which is 0. Axes in reverse order: the adjoint.
   template <typename T>
   T* blur(T* z, T* spare, int64_t width, bool reverse, int threads) const;
   // Rows of the points [begin, end) from blurred z, each times `scale` of its point.
