@@ -298,6 +298,14 @@ class TestCrfMeanField(OpTester):
         torch.library.opcheck(FWD, (unary, *rest))
         torch.library.opcheck(BWD, (torch.ones_like(unary), True, unary, *rest))
 
+    def test_fast_is_the_lattice_beyond_four_labels(self, device, backend):
+        for K in (4, 5):
+            unary, image = noise(1, K, 9, 11, device)
+            fast, lattice = (
+                crf_mean_field(unary, image, **BOTH, kernel=k, backend=backend) for k in ("fast", "lattice")
+            )
+            assert torch.equal(fast, lattice) == (K > 4)
+
     def test_exceptions(self, device, backend):
         unary, image = noise(2, 3, 4, 5, device)
 
