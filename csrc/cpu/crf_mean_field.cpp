@@ -31,16 +31,17 @@ enum Kernel { FAST, LATTICE, EXACT };
 // compat of few labels: (K) or (K, K); of many, padded to row_width(K).
 template <typename T>
 struct Message {
-  const T *rows, *halves, *compat;  // rows (TILE, inner_width(K))
+  const T *rows, *halves, *compat;
   bool matrix;
 };
 
-inline int64_t inner_width(int64_t K) { return row_width(K == 2 ? 1 : K); }
+// How many problems of K labels on one image are solved together: two of two labels are rows of two numbers, which cost
+// splat, blur and slice little more than one.
+inline int64_t together(int64_t K, int64_t problems) { return K == 2 && problems >= 2 ? 2 : 1; }
 
-// negative, q: (K, TILE). False where a pixel has no distribution.
-template <int K, typename T>
+// negative, q: (K, TILE); the messages of a pixel lie WIDTH apart. False where a pixel has no distribution.
+template <int K, int WIDTH, typename T>
 FASTCAM_INLINE bool update_few(const T* negative, const Message<T>* terms, int64_t count, T* q) {
-  constexpr int WIDTH = K <= 2 ? 1 : 4;
   T energy[K][TILE], sum[TILE];
   std::copy_n(negative, K * TILE, &energy[0][0]);
   for (int64_t t = 0; t < count; ++t) {
@@ -181,11 +182,12 @@ FASTCAM_INLINE void softmax_gradient(const T* q, T* g, int64_t count, int64_t wi
 
 #define FASTCAM_CRF_LOOPS(T)                                                                                   \
   FASTCAM_MULTIVERSION bool update_tile(const T* negative, const Message<T>* terms, int64_t terms_count, T* q, \
-                                        int64_t count, int64_t K) {                                            \
-    if (K == 1) return update_few<1>(negative, terms, 0, q);                                                   \
-    if (K == 2) return update_few<2>(negative, terms, terms_count, q);                                         \
-    if (K == 3) return update_few<3>(negative, terms, terms_count, q);                                         \
-    if (K == 4) return update_few<4>(negative, terms, terms_count, q);                                         \
+                                        int64_t count, int64_t K, int64_t problems) {                          \
+    if (K == 1) return update_few<1, 1>(negative, terms, 0, q);                                                \
+    if (K == 2 && problems == 1) return update_few<2, 1>(negative, terms, terms_count, q);                     \
+    if (K == 2) return update_few<2, 2>(negative, terms, terms_count, q);                                      \
+    if (K == 3) return update_few<3, 4>(negative, terms, terms_count, q);                                      \
+    if (K == 4) return update_few<4, 4>(negative, terms, terms_count, q);                                      \
     return update_many(negative, terms, terms_count, q, count, K);                                             \
   }                                                                                                            \
   FASTCAM_MULTIVERSION void compatible_rows(const T* g, const T* compat, bool matrix, T* to, int64_t count,    \
@@ -219,21 +221,14 @@ Memory<F> features_of(const T* image, const double* sigma, int64_t d, Size size,
   return features;
 }
 
-// The terms of one image, and one problem (energies) on them after the other.
+// The terms of one image, and problems (energies) on them, one or, where together() says so, two at a time.
 template <typename T>
 class MeanField {
  public:
   MeanField(int64_t K, Size size, int64_t H, int64_t W, int threads)
-      : K_(K),
-        width_(row_width(K)),
-        inner_(inner_width(K)),
-        N_(size.h * size.w),
-        size_(size),
-        H_(H),
-        W_(W),
-        threads_(threads) {}
+      : K_(K), width_(row_width(K)), N_(size.h * size.w), size_(size), H_(H), W_(W), threads_(threads) {}
 
-  // How many numbers one problem takes, a row of labels for every pixel; so many that all of a tile's may be touched.
+  // How many numbers a problem takes, a row of labels for every pixel; so many that all of a tile's may be touched.
   int64_t room() const { return (N_ + TILE - 1) / TILE * TILE * width_; }
 
   // compat (K) or, as a matrix, (K, K).
@@ -252,67 +247,70 @@ class MeanField {
     terms_.push_back({std::move(term), std::move(padded), std::move(rows), std::move(halves), matrix});
   }
 
-  // Takes energies (K, H, W). Those of padding, of pixels and labels, are 0 and infinite.
-  void set_unary(const T* unary) {
-    negative_ = buffer<T>(room(), K_ <= FEW ? T(0) : -std::numeric_limits<T>::infinity());
+  // Takes energies (problems, K, H, W). Those of padding, of pixels and labels, are 0 and infinite.
+  void set_unary(const T* unary, int64_t problems) {
+    problems_ = problems;
+    negative_ = buffer<T>(problems * room(), K_ <= FEW ? T(0) : -std::numeric_limits<T>::infinity());
     each_tile([&](int64_t begin, int64_t end, Work&) {
-      for (int64_t k = 0; k < K_; ++k)
-        each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
-          const T* from = unary + k * H_ * W_ + plane;
-          if (K_ <= FEW) {
-            T* to = negative_.get() + begin * K_ + k * TILE + i - begin;
-            for (int64_t x = 0; x < n; ++x) to[x] = -from[x];
-          } else {
-            for (int64_t x = 0; x < n; ++x) negative_[(i + x) * width_ + k] = -from[x];
-          }
-        });
+      for (int64_t p = 0; p < problems; ++p)
+        for (int64_t k = 0; k < K_; ++k)
+          each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+            const T* from = unary + (p * K_ + k) * H_ * W_ + plane;
+            if (K_ <= FEW) {
+              T* to = negative(p, begin) + k * TILE + i - begin;
+              for (int64_t x = 0; x < n; ++x) to[x] = -from[x];
+            } else {
+              for (int64_t x = 0; x < n; ++x) negative_[(i + x) * width_ + k] = -from[x];
+            }
+          });
     });
   }
 
-  // One update, the first of all (softmax of -U) if `first`. The result goes to out (K, H, W) and rows (N, width), each
-  // unless null; to the terms unless `last`.
+  // One update, the first of all (softmax of -U) if `first`. The result goes to out (problems, K, H, W) and, of a
+  // single problem, rows (N, width), each unless null; to the terms unless `last`.
   void update(bool first, bool last, T* out, T* rows) {
+    const int64_t inner = K_ == 2 ? problems_ : row_width(K_);
     if (!last)
-      for (Pairwise& p : terms_) p.term->start(inner_, false, threads_);
+      for (Pairwise& p : terms_) p.term->start(inner, false, threads_);
     each_tile([&](int64_t begin, int64_t end, Work& work) {
       const int64_t count = end - begin;
       Message<T> messages[MAX_TERMS];
       for (size_t t = 0; t < terms_.size() && !first; ++t) {
         const Pairwise& p = terms_[t];
         std::vector<T>& m = work.messages[t];
-        m.resize(TILE * inner_);
+        m.resize(TILE * inner);
         p.term->messages(begin, end, m.data(), work.scratch[t]);
         if (!p.halves.empty()) std::copy_n(p.halves.data() + begin, count, work.halves[t].data());
         messages[t] = {m.data(), work.halves[t].data(), p.compat.data(), p.matrix};
       }
       work.q.resize(TILE * width_);
       T* q = work.q.data();
-      if (!update_tile(negative_.get() + begin * (K_ <= FEW ? K_ : width_), messages, first ? 0 : terms_.size(), q,
-                       count, K_))
-        throw std::invalid_argument(
-            "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages "
-            "that do not overflow");
-      const int64_t along = K_ <= FEW ? 1 : width_,
-                    across = K_ <= FEW ? TILE : 1;  // from pixel to pixel, label to label
-      if (out)
-        for (int64_t k = 0; k < K_; ++k)
-          each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
-            const T* from = q + (i - begin) * along + k * across;
-            for (int64_t x = 0; x < n; ++x) out[k * H_ * W_ + plane + x] = from[x * along];
-          });
-      if (rows)
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t k = 0; k < width_; ++k)
-            rows[(begin + i) * width_ + k] = k < K_ ? q[i * along + k * across] : T(0);
-      if (last || terms_.empty()) return;
-      if (K_ == 2)
-        for (int64_t i = 0; i < TILE; ++i) q[i] = (q[i] - q[TILE + i]) / 2;
-      if (K_ > 2 && K_ <= FEW) {  // rows of FEW numbers
-        for (int64_t i = 0; i < TILE; ++i)
-          for (int64_t k = 0; k < FEW; ++k) work.rows[i * FEW + k] = k < K_ ? q[k * TILE + i] : T(0);
-        q = work.rows.data();
+      for (int64_t p = 0; p < problems_; ++p) {
+        for (size_t t = 0; t < terms_.size() && !first; ++t) messages[t].rows = work.messages[t].data() + p;
+        if (!update_tile(negative(p, begin), messages, first ? 0 : terms_.size(), q, count, K_, problems_))
+          throw std::invalid_argument(
+              "crf_mean_field: expected unary without NaN and -inf, with a finite energy at every pixel, and messages "
+              "that do not overflow");
+        const int64_t along = K_ <= FEW ? 1 : width_,
+                      across = K_ <= FEW ? TILE : 1;  // from pixel to pixel, label to label
+        if (out)
+          for (int64_t k = 0; k < K_; ++k)
+            each_row(begin, end, [&](int64_t i, int64_t plane, int64_t n) {
+              const T* from = q + (i - begin) * along + k * across;
+              for (int64_t x = 0; x < n; ++x) out[(p * K_ + k) * H_ * W_ + plane + x] = from[x * along];
+            });
+        if (rows)
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t k = 0; k < width_; ++k)
+              rows[(begin + i) * width_ + k] = k < K_ ? q[i * along + k * across] : T(0);
+        if (K_ == 2)
+          for (int64_t i = 0; i < TILE; ++i) work.rows[i * problems_ + p] = (q[i] - q[TILE + i]) / 2;
+        if (K_ > 2 && K_ <= FEW)  // rows of FEW numbers
+          for (int64_t i = 0; i < TILE; ++i)
+            for (int64_t k = 0; k < FEW; ++k) work.rows[i * FEW + k] = k < K_ ? q[k * TILE + i] : T(0);
       }
-      for (Pairwise& p : terms_) p.term->feed(begin, end, q);
+      if (!last)
+        for (Pairwise& p : terms_) p.term->feed(begin, end, K_ <= FEW ? work.rows.data() : q);
     });
     if (!last)
       for (Pairwise& p : terms_) p.term->finish(threads_);
@@ -388,6 +386,11 @@ class MeanField {
     Scratch<T> scratch[MAX_TERMS];
   };
 
+  // Of a problem, from pixel `begin` on, where a tile begins.
+  T* negative(int64_t problem, int64_t begin) const {
+    return negative_.get() + problem * room() + begin * (K_ <= FEW ? K_ : width_);
+  }
+
   // f(begin, end, work) for all tiles. Bands of the lattice are parts; `work` is one part's.
   template <typename F>
   void each_tile(const F& f) const {
@@ -431,11 +434,11 @@ class MeanField {
     for (size_t i = 0; i < of_band.size(); ++i) grad[i % numbers] += of_band[i];
   }
 
-  int64_t K_, width_, inner_, N_;
+  int64_t K_, width_, N_, problems_ = 1;
   Size size_;
   int64_t H_, W_;
   int threads_;
-  Memory<T> negative_;  // -U: few labels (tiles, K, TILE), many (N, width_)
+  Memory<T> negative_;  // -U: few labels (problems, tiles, K, TILE), many (N, width_)
   std::vector<Pairwise> terms_;
 };
 
@@ -501,8 +504,10 @@ void forward(const Shared<T>& s, T* out, int64_t B, int threads) {
     std::fill_n(out, B * s.G * s.planes(), T(0));
   each_image(B, threads, s.sizes, [&](int64_t b, int own) {
     MeanField<T> field = s.field(b, own);
-    for (int64_t p = b * s.G; p < (b + 1) * s.G; ++p) {
-      field.set_unary(s.unary + p * s.planes());
+    for (int64_t g = 0, count; g < s.G; g += count) {
+      const int64_t p = b * s.G + g;
+      count = together(s.K, s.G - g);
+      field.set_unary(s.unary + p * s.planes(), count);
       for (int64_t i = 0; i <= s.iterations; ++i) {
         const bool last = i == s.iterations;
         field.update(i == 0, last, last ? out + p * s.planes() : nullptr, nullptr);
@@ -527,7 +532,7 @@ void backward(const Shared<T>& s, const T* grad, T* out, double* gaussian_grad, 
     for (int64_t i = 0; i <= s.iterations; ++i) q.push_back(buffer<T>(room));
     std::vector<T> g(room), scratch(room);
     for (int64_t p = b * s.G; p < (b + 1) * s.G; ++p) {
-      field.set_unary(s.unary + p * s.planes());
+      field.set_unary(s.unary + p * s.planes(), 1);
       for (int64_t i = 0; i <= s.iterations; ++i) field.update(i == 0, i == s.iterations, nullptr, q[i].get());
       std::vector<T> total(room, T(0));
       field.load(grad + p * s.planes(), g.data());

@@ -105,7 +105,7 @@ class LatticeTerm : public Term<T> {
 
   void start(int64_t width, bool adjoint, int threads) override {
     const int64_t room = lattice_.rows() * width;
-    if (room > room_) {
+    if (room != room_) {  // also for less: the rows of absent neighbours must be 0
       sums_ = buffer<T>(room);
       blurred_ = buffer<T>(room, T(0));
       room_ = room;
@@ -160,9 +160,7 @@ class LatticeTerm : public Term<T> {
 };
 
 // exp(-x^2 / 2 sx^2 - y^2 / 2 sy^2), along columns when an image row is first asked for, then along that row. What is
-// fed lies between rows of zeros, and a row between zeros, so that borders are like all else. With more than FEW
-// numbers a pixel, where memory is what counts, probabilities (up to 1) are kept in 16 bits: in steps of 3e-5 after
-// normalisation, which the sum over a neighbourhood averages out.
+// fed lies between rows of zeros, and a row between zeros, so that borders are like all else.
 template <typename T>
 class SpatialTerm : public Term<T> {
  public:
@@ -171,7 +169,11 @@ class SpatialTerm : public Term<T> {
         taps_x_(taps(sigma[0], cut, size.w)),
         taps_y_(taps(sigma[1], cut, size.h)),
         diagonals_(size.h * size.w) {
-    diagonals_ = Diagonals<T>(ones(1), normalization);
+    const std::vector<T> x = sums_of(taps_x_, size.w), y = sums_of(taps_y_, size.h);
+    std::vector<T> norm(size.h * size.w);
+    for (int64_t i = 0; i < size.h; ++i)
+      for (int64_t j = 0; j < size.w; ++j) norm[i * size.w + j] = y[i] * x[j];
+    diagonals_ = Diagonals<T>(norm, normalization);
   }
 
   void start(int64_t width, bool adjoint, int) override {
@@ -239,6 +241,15 @@ class SpatialTerm : public Term<T> {
       weights.push_back(static_cast<T>(i == 0 ? 0.5 : weight));
     }
     return weights;
+  }
+
+  // The weights of all n places around each of them.
+  static std::vector<T> sums_of(const std::vector<T>& taps, int64_t n) {
+    std::vector<T> sums(n, T(0));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t t = 0; t < static_cast<int64_t>(taps.size()); ++t)
+        sums[i] += taps[t] * T((i - t >= 0) + (i + t < n));
+    return sums;
   }
 
   // The rows of `scratch`, a few columns at a time, so that what they need stays in L1.
