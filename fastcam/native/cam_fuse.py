@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,7 @@ def cam_fuse_fwd(
         extremes = stats.new_empty((B * C, _C_cuda.cam_fuse_tiles(*size), 2))
         with torch.cuda.device(out.device):
             _C_cuda.cam_fuse_fwd(
-                views.data_ptr(), address(mask), out.data_ptr(), extremes.data_ptr(), stats.data_ptr(),
+                views.buffer_info()[0], address(mask), out.data_ptr(), extremes.data_ptr(), stats.data_ptr(),
                 CUDA_DTYPES.index(dtype), len(x), B * C, *policy, torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         return out, stats
@@ -44,7 +45,7 @@ def cam_fuse_fwd(
     views = table(x, flips, x)
     out = empty((B, C, *size), work)
     _C.cam_fuse_fwd(
-        views.data_ptr(), address(mask), out.data_ptr(), stats.data_ptr(), work == torch.float64, len(x), B * C,
+        views.buffer_info()[0], address(mask), out.data_ptr(), stats.data_ptr(), work == torch.float64, len(x), B * C,
         *policy, torch.get_num_threads(),
     )  # fmt: skip
     return out.to(dtype), stats
@@ -75,8 +76,8 @@ def cam_fuse_bwd(
         takers = torch.empty_like(g, dtype=torch.int32) if compete else None
         with torch.cuda.device(g.device):
             _C_cuda.cam_fuse_bwd(
-                g.data_ptr(), views.data_ptr(), stats.data_ptr(), address(mask), sums.data_ptr(), totals.data_ptr(),
-                address(dx), address(takers), CUDA_DTYPES.index(dtype), len(x), B * C, *policy,
+                g.data_ptr(), views.buffer_info()[0], stats.data_ptr(), address(mask), sums.data_ptr(),
+                totals.data_ptr(), address(dx), address(takers), CUDA_DTYPES.index(dtype), len(x), B * C, *policy,
                 torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         return grads
@@ -85,7 +86,7 @@ def cam_fuse_bwd(
     views = table(x, flips, grads)
     g = grad.to(stats.dtype).contiguous()
     _C.cam_fuse_bwd(
-        g.data_ptr(), views.data_ptr(), stats.data_ptr(), address(mask), g.dtype == torch.float64, len(x), B * C,
+        g.data_ptr(), views.buffer_info()[0], stats.data_ptr(), address(mask), g.dtype == torch.float64, len(x), B * C,
         *policy, torch.get_num_threads(),
     )  # fmt: skip
     return [dx.to(dtype) for dx in grads]
@@ -100,13 +101,12 @@ def numbers(
     return (*size, *grid, *choices, align_corners, eps)
 
 
-def table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor]) -> Tensor:
-    """A row a view: address, height, width, mirrored, address of the gradient."""
-    rows = [
-        (cam.data_ptr(), *cam.shape[2:], flip, grad.data_ptr())
-        for cam, flip, grad in zip(cams, flips, grads, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int64)
+def table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor]) -> array[int]:
+    """A row a view: address, height, width, mirrored, address of the gradient. A quarter of a tensor's time."""
+    rows = array("q")
+    for cam, flip, grad in zip(cams, flips, grads, strict=True):
+        rows.extend((cam.data_ptr(), *cam.shape[2:], flip, grad.data_ptr()))
+    return rows
 
 
 def address(x: Tensor | None) -> int:

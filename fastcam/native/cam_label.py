@@ -24,7 +24,7 @@ def cam_label_fwd(
     mask = None if present is None else present.contiguous()
     out = torch.empty((B, *size), dtype=torch.uint8)
     _C.cam_label_fwd(
-        views.data_ptr(), address(mask), labels.data_ptr(), background, out.data_ptr(), work == torch.float64, len(x),
-        B, C, *numbers(size, *policy), torch.get_num_threads(),
+        views.buffer_info()[0], address(mask), labels.data_ptr(), background, out.data_ptr(), work == torch.float64,
+        len(x), B, C, *numbers(size, *policy), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for bad input or settings, after one line on standard error; 130 after Ctrl-C.
     """
-    # Read when torch is loaded. Its threads spin while they wait for each other, by default so long that a training step
-    # takes eight times as long where another process uses a core; not at all, and a step of the demo takes 1.4 times.
+    # Read when torch is loaded. Its threads spin while they wait for each other, by default so long that a training
+    # step takes eight times as long where another process uses a core; not at all, and a demo step takes 1.4 times.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     argv = list(sys.argv[1:] if argv is None else argv)
