@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
+    "attention_maps": "fastcam.ops.attention_maps",
     "cam_fuse": "fastcam.ops.cam_fuse",
     "cam_label": "fastcam.ops.cam_label",
     "cam_sweep": "fastcam.ops.cam_sweep",

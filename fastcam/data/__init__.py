@@ -4,7 +4,15 @@ from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
 from fastcam.data.tags import load_tags, read_cls_labels, read_tag_csv, tags_from_mask, tags_from_xml
-from fastcam.data.transforms import denormalize, eval_transform, multi_scale, segment_transform, train_transform
+from fastcam.data.transforms import (
+    RandAugment,
+    denormalize,
+    eval_transform,
+    multi_scale,
+    segment_transform,
+    train_transform,
+    two_view_transform,
+)
 from fastcam.data.voc import VOCDataset
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "PROCEDURAL_CLASSES",
     "VOC_CLASSES",
     "FolderDataset",
+    "RandAugment",
     "VOCDataset",
     "denormalize",
     "eval_transform",
@@ -24,5 +33,6 @@ __all__ = [
     "tags_from_mask",
     "tags_from_xml",
     "train_transform",
+    "two_view_transform",
     "write_procedural",
 ]

@@ -4,6 +4,7 @@ All randomness comes from torch's global generator, so that whoever seeds it (th
 exactly.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,6 +127,107 @@ def train_transform(
     return v2.Compose(
         [*resize, *_augment(flip, color_jitter), _normalize(mean, std), RandomCrop(crop_size), _to_tensors]
     )
+
+
+class RandAugment(v2.Transform):
+    """RandAugment (E. D. Cubuk et al., 2020) on uint8 images as DeiT trains with it: timm's ``rand-m9-mstd0.5-inc1``.
+
+    Draws ``ops`` of 15 operations, each used half of the time, at a severity around ``magnitude`` of 10; all grow with
+    it. What geometry leaves empty gets the mean colour of ImageNet. Shears are about the centre, not the corner.
+
+    Args:
+        ops: operations drawn for an image.
+        magnitude: mean of the severity, 0 to 10.
+        std: its standard deviation.
+    """
+
+    def __init__(self, ops: int = 2, magnitude: float = 9.0, std: float = 0.5) -> None:
+        super().__init__()
+        if ops < 0 or not 0 <= magnitude <= 10:
+            raise ValueError(f"RandAugment: expected ops >= 0 and magnitude in 0..10, got {ops} and {magnitude}")
+        self.ops, self.magnitude, self.std = ops, magnitude, std
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws operations, their severities in 0..1 and directions."""
+        chosen = []
+        for _ in range(self.ops):
+            index, used, severity, sign = torch.randint(15, ()), torch.rand(()), torch.randn(()), torch.rand(())
+            level = min(max((self.magnitude + self.std * float(severity)) / 10, 0.0), 1.0)
+            if used < 0.5:
+                chosen.append((int(index), level, 1.0 if sign < 0.5 else -1.0))
+        return {"chosen": chosen}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Augments an image."""
+        for index, level, sign in params["chosen"]:
+            inpt = self._apply(inpt, index, level, sign)
+        return inpt
+
+    def _apply(self, x: Any, index: int, level: float, sign: float) -> Any:
+        angle = sign * math.degrees(math.atan(0.3 * level))
+        shift = sign * 0.45 * level
+        enhance = max(0.1, 1 + sign * 0.9 * level)
+
+        def move(turn: float = 0.0, right: float = 0.0, down: float = 0.0, shear: tuple[float, float] = (0, 0)) -> Any:
+            at = [round(right * x.shape[-1]), round(down * x.shape[-2])]
+            fill = [255 * value for value in IMAGENET_MEAN]
+            return F.affine(x, turn, at, 1.0, list(shear), v2.InterpolationMode.BILINEAR, fill)  # type: ignore[arg-type]
+
+        def add() -> Any:
+            brighter = (x.to(torch.int16) + min(128, int(110 * level))).clamp(max=255).to(torch.uint8)
+            return tv_tensors.wrap(torch.where(x < 128, brighter, x), like=x)
+
+        operations: tuple[Callable[[], Any], ...] = (
+            lambda: F.autocontrast(x),
+            lambda: F.equalize(x),
+            lambda: F.invert(x),
+            lambda: move(turn=sign * 30 * level),
+            lambda: F.posterize(x, 4 - int(4 * level)),
+            lambda: F.solarize(x, 256 - int(256 * level)),
+            add,
+            lambda: F.adjust_saturation(x, enhance),
+            lambda: F.adjust_contrast(x, enhance),
+            lambda: F.adjust_brightness(x, enhance),
+            lambda: F.adjust_sharpness(x, enhance),
+            lambda: move(shear=(angle, 0)),
+            lambda: move(shear=(0, angle)),
+            lambda: move(right=shift),
+            lambda: move(down=shift),
+        )
+        return operations[index]()
+
+
+def two_view_transform(
+    crop_size: int,
+    *,
+    scale: tuple[float, float] = (0.3, 1.2),
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """Two independent random crops of every image, resized to a square; the second is augmented strongly (CTI).
+
+    Args:
+        crop_size: S.
+        scale: smallest and largest area of a crop as a share of the image's; its sides have a ratio of 3/4 to 4/3.
+        flip: mirror every other view.
+        mean: subtracted from the image in [0, 1].
+        std: divides it then.
+
+    Returns:
+        A transform whose items have `"image"` and `"strong"` float32 `(3, S, S)`, and where there was one `"mask"`
+        int64 `(S, S)`, cropped as `"image"`.
+    """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"two_view_transform: expected 0 < smallest <= largest scale, got {scale}")
+    crop = v2.RandomResizedCrop(crop_size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC)
+    weak = v2.Compose([crop, *_augment(flip, None), _normalize(mean, std), _to_tensors])
+    strong = v2.Compose([crop, *_augment(flip, None), RandAugment(), _normalize(mean, std), _to_tensors])
+
+    def transform(item: Item) -> Item:
+        return {**weak(item), "strong": strong({"image": item["image"]})["image"]}
+
+    return transform
 
 
 def segment_transform(

@@ -15,6 +15,7 @@ from fastcam.errors import FastcamError
 # name: (file, class). The files import timm through the backbones, so they are opened when they are asked for.
 METHODS = {
     "cam": ("fastcam.methods.cam", "CAM"),
+    "cti": ("fastcam.methods.cti", "CTI"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "psa": ("fastcam.methods.psa", "PSA"),

@@ -54,7 +54,8 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path)
     if hasattr(network, "set_tag_counts"):
         network.set_tag_counts(tags.sum(0))
     mean, std = network.normalize
-    dataset.transform = train_transform(
+    make_transform = getattr(network, "train_transform", train_transform)  # a method that trains on views of its own
+    dataset.transform = make_transform(
         trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std
     )
     return fit(network, dataset, dataset.classes, trainer, out, record)
