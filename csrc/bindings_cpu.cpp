@@ -50,6 +50,8 @@ void bind_memory(pybind11::module_& m) {
 PYBIND11_MODULE(_C, m) {
   using namespace fastcam;
   m.doc() = "C++ implementations of fastcam's ops, on addresses; fastcam.native calls them.";
+  bind(m, "attention_maps_fwd", attention_maps_fwd);
+  bind(m, "attention_maps_bwd", attention_maps_bwd);
   bind(m, "cam_fuse_fwd", cam_fuse_fwd);
   bind(m, "cam_fuse_bwd", cam_fuse_bwd);
   bind(m, "cam_label_fwd", cam_label_fwd);

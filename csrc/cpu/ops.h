@@ -5,6 +5,16 @@
 
 namespace fastcam {
 
+// q, out (B, H, N, d), k, v (B, H, M, d), lse (B, H, N); total, maps (B, rows, M - skip), total may be null; strides:
+// of images, heads and rows of q, k, v and, backward, of grad. grad_maps (B, M - skip, rows), transposed, or null.
+void attention_maps_fwd(const void* q, const void* k, const void* v, const int64_t* strides, const void* total,
+                        void* out, void* maps, void* lse, bool f64, int64_t B, int64_t H, int64_t N, int64_t M,
+                        int64_t d, int64_t rows, int64_t skip, double scale, int threads);
+void attention_maps_bwd(const void* grad, const void* grad_maps, const void* q, const void* k, const void* v,
+                        const int64_t* strides, const void* lse, void* grad_q, void* grad_k, void* grad_v, bool f64,
+                        int64_t B, int64_t H, int64_t N, int64_t M, int64_t d, int64_t rows, int64_t skip, double scale,
+                        int threads);
+
 // views: S rows of (address of (BC, h, w), h, w, mirrored, address of its gradient); activation, reduce and normalize
 // as in csrc/cam_fuse.h; present may be null.
 void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, void* stats, bool f64, int64_t S, int64_t BC,

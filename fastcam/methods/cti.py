@@ -340,7 +340,9 @@ def attend(block: Any, x: Tensor, total: Tensor | None, rows: int | None, skip: 
     """
     attn = block.attn
     q, k, v = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    out, total = attention_maps(attn.q_norm(q), attn.k_norm(k), v, total, rows=rows, skip=skip, scale=attn.scale)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    with torch.autocast(x.device.type, enabled=False):  # sums of probabilities stay in float32
+        out, total = attention_maps(q, k, v, total, rows=rows, skip=skip, scale=attn.scale)
     x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), total
 
