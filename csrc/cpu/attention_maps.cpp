@@ -19,21 +19,54 @@ namespace {
 
 constexpr int64_t HEIGHT = MAX_HEIGHT;
 
+// to[j, i] = factor from[i, j] for i < 8 and j < 8. Compilers make no shuffles of the plain loops.
+template <typename T>
+FASTCAM_INLINE void transpose_block(const T* from, int64_t ld_from, T factor, T* to, int64_t ld_to) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTCAM_SHUFFLE
+#endif
+#endif
+#ifdef FASTCAM_SHUFFLE
+  typename Lanes<T, 8>::type a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = factor * lanes<T, 8>(from + i * ld_from);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    lanes<T, 8>(to + i * ld_to) = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    lanes<T, 8>(to + (i + 4) * ld_to) = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#else
+  for (int64_t j = 0; j < 8; ++j)
+    for (int64_t i = 0; i < 8; ++i) to[j * ld_to + i] = factor * from[i * ld_from + j];
+#endif
+}
+
 // to[j, i] = factor from[i, j] for i < rows and j < columns.
 template <typename T>
 FASTCAM_INLINE void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T factor, T* to,
                               int64_t ld_to) {
-  constexpr int64_t BLOCK = 8;
-  for (int64_t i = 0; i < rows; i += BLOCK)
-    for (int64_t j = 0; j < columns; j += BLOCK) {
+  for (int64_t i = 0; i < rows; i += 8)
+    for (int64_t j = 0; j < columns; j += 8) {
       const T* a = from + i * ld_from + j;
       T* b = to + j * ld_to + i;
-      if (rows - i >= BLOCK && columns - j >= BLOCK) {
-        for (int64_t y = 0; y < BLOCK; ++y)
-          for (int64_t x = 0; x < BLOCK; ++x) b[y * ld_to + x] = factor * a[x * ld_from + y];
+      if (rows - i >= 8 && columns - j >= 8) {
+        transpose_block(a, ld_from, factor, b, ld_to);
       } else {
-        for (int64_t y = 0; y < std::min(BLOCK, columns - j); ++y)
-          for (int64_t x = 0; x < std::min(BLOCK, rows - i); ++x) b[y * ld_to + x] = factor * a[x * ld_from + y];
+        for (int64_t y = 0; y < std::min<int64_t>(8, columns - j); ++y)
+          for (int64_t x = 0; x < std::min<int64_t>(8, rows - i); ++x) b[y * ld_to + x] = factor * a[x * ld_from + y];
       }
     }
 }

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_tester import OpTester, compile_for_gpus
+from op_tester import OpTester
 from torch.nn import functional as F
 
 import fastcam
