@@ -188,6 +188,12 @@ void pack_rows(const T* rows, int64_t stride, int64_t M, int64_t d, T* to) {
     Loops<T>::transpose(rows + m * stride, stride, std::min(HEIGHT, M - m), d, T(1), to, HEIGHT);
 }
 
+// rows (M, d), `stride` apart -> side by side. Heads interleaved in memory are a page apart for every row.
+template <typename T>
+void copy_rows(const T* rows, int64_t stride, int64_t M, int64_t d, T* to) {
+  for (int64_t m = 0; m < M; ++m) std::copy_n(rows + m * stride, d, to + m * d);
+}
+
 // c (M, PANEL) = packed rows (M, d) times b (d, PANEL).
 template <typename T>
 void multiply_packed(const T* packed, const T* b, T* c, int64_t M, int64_t d) {
@@ -199,13 +205,12 @@ void multiply_packed(const T* packed, const T* b, T* c, int64_t M, int64_t d) {
 
 // c (d, PANEL) = rows (M, d), transposed, times b (M, PANEL).
 template <typename T>
-void multiply_transposed(const T* rows, int64_t stride, const T* b, T* c, int64_t M, int64_t d) {
+void multiply_transposed(const T* rows, const T* b, T* c, int64_t M, int64_t d) {
   constexpr int64_t P = PANEL<T>;
   std::fill(c, c + d * P, T(0));
   for (int64_t m = 0; m < M; m += DEPTH)
     for (int64_t i = 0; i < d; i += HEIGHT)
-      multiply_panel(rows + m * stride + i, stride, b + m * P, c + i * P, P, std::min(HEIGHT, d - i),
-                     std::min(DEPTH, M - m));
+      multiply_panel(rows + m * d + i, d, b + m * P, c + i * P, P, std::min(HEIGHT, d - i), std::min(DEPTH, M - m));
 }
 
 template <typename T>
@@ -214,9 +219,11 @@ void forward(Rows<T> q, Rows<T> k, Rows<T> v, const T* total, T* out, T* maps, T
   constexpr int64_t P = PANEL<T>;
   const int64_t tiles = (N + P - 1) / P, head = (M + HEIGHT - 1) / HEIGHT * HEIGHT * d, columns = M - skip;
   if (B * H * N * M * d < SMALL) threads = 1;
-  const auto keys = buffer<T>(B * H * head);
-  parallel_for(B * H, 1, threads,
-               [&](int64_t i, int64_t) { pack_rows(k(i / H, i % H, 0), k.stride(), M, d, keys.get() + i * head); });
+  const auto keys = buffer<T>(B * H * head), values = buffer<T>(B * H * M * d);
+  parallel_for(B * H, 1, threads, [&](int64_t i, int64_t) {
+    pack_rows(k(i / H, i % H, 0), k.stride(), M, d, keys.get() + i * head);
+    copy_rows(v(i / H, i % H, 0), v.stride(), M, d, values.get() + i * M * d);
+  });
   parallel_for(B * tiles, 1, threads, [&](int64_t task, int64_t) {
     const int64_t b = task / tiles, n = task % tiles * P, count = std::min(P, N - n);
     const int64_t mapped = std::clamp<int64_t>(rows - n, 0, count);
@@ -232,7 +239,7 @@ void forward(Rows<T> q, Rows<T> k, Rows<T> v, const T* total, T* out, T* maps, T
       Loops<T>::exponentials(s.get(), M, sum, logs);
       std::copy(logs, logs + count, lse + row);
       if (mapped) Loops<T>::add_mean(s.get() + skip * P, sum, T(H), mean.get() + skip * P, columns);
-      multiply_transposed(v(b, h, 0), v.stride(), s.get(), product.get(), M, d);
+      multiply_transposed(values.get() + (b * H + h) * M * d, s.get(), product.get(), M, d);
       for (int64_t i = 0; i < d; ++i)
         for (int64_t j = 0; j < P; ++j) product[i * P + j] /= sum[j];
       Loops<T>::transpose(product.get(), P, d, count, T(1), out + row * d, d);
@@ -254,8 +261,10 @@ void backward(Rows<T> grad, const T* grad_maps, Rows<T> q, Rows<T> k, Rows<T> v,
   if (B * H * N * M * d < SMALL) threads = 1;
   parallel_for(B * H, 1, threads, [&](int64_t task, int64_t) {
     const int64_t b = task / H, h = task % H;
-    const auto keys = uninitialized<T>(head), values = uninitialized<T>(head);
+    const auto keys = uninitialized<T>(head), values = uninitialized<T>(head), rows_k = uninitialized<T>(M * d);
+    const auto tile_q = uninitialized<T>(P * d), tile_g = uninitialized<T>(P * d);
     pack_rows(k(b, h, 0), k.stride(), M, d, keys.get());
+    copy_rows(k(b, h, 0), k.stride(), M, d, rows_k.get());
     pack_rows(v(b, h, 0), v.stride(), M, d, values.get());
     const auto s = uninitialized<T>(width * P), w = uninitialized<T>(width * P), turned = uninitialized<T>(P * P);
     const auto left = uninitialized<T>(d * P), right = uninitialized<T>(d * P), product = uninitialized<T>(d * P);
@@ -270,22 +279,24 @@ void backward(Rows<T> grad, const T* grad_maps, Rows<T> q, Rows<T> k, Rows<T> v,
         for (T* x : {left.get(), right.get()}) std::fill(x, x + d * P, T(0));
       }
       std::fill(std::copy(lse + row, lse + row + count, logs), logs + P, std::numeric_limits<T>::infinity());
-      Loops<T>::transpose(q(b, h, n), q.stride(), count, d, scale, left.get(), P);
-      Loops<T>::transpose(grad(b, h, n), grad.stride(), count, d, T(1), right.get(), P);
+      copy_rows(q(b, h, n), q.stride(), count, d, tile_q.get());
+      copy_rows(grad(b, h, n), grad.stride(), count, d, tile_g.get());
+      Loops<T>::transpose(tile_q.get(), d, count, d, scale, left.get(), P);
+      Loops<T>::transpose(tile_g.get(), d, count, d, T(1), right.get(), P);
       multiply_packed(keys.get(), left.get(), s.get(), M, d);
       multiply_packed(values.get(), right.get(), w.get(), M, d);
       const T* maps = grad_maps && mapped ? grad_maps + b * (M - skip) * rows + n : nullptr;
       Loops<T>::softmax_gradient(s.get(), w.get(), logs, maps, rows, mapped, 1 / T(H), scale, skip, M);
-      multiply_transposed(k(b, h, 0), k.stride(), w.get(), product.get(), M, d);
+      multiply_transposed(rows_k.get(), w.get(), product.get(), M, d);
       Loops<T>::transpose(product.get(), P, d, count, T(1), grad_q + row * d, d);
       for (int64_t p = 0; p < panels; ++p) {
-        const auto add = [&](const T* tile, const T* a, int64_t stride, T* c) {
+        const auto add = [&](const T* tile, const T* a, T* c) {
           Loops<T>::transpose(tile + p * P * P, P, P, P, T(1), turned.get(), P);
           for (int64_t i = 0; i < d; i += HEIGHT)
-            multiply_panel(a + i, stride, turned.get(), c + i * width + p * P, width, std::min(HEIGHT, d - i), count);
+            multiply_panel(a + i, d, turned.get(), c + i * width + p * P, width, std::min(HEIGHT, d - i), count);
         };
-        add(s.get(), grad(b, h, n), grad.stride(), sum_v.get());
-        add(w.get(), q(b, h, n), q.stride(), sum_k.get());
+        add(s.get(), tile_g.get(), sum_v.get());
+        add(w.get(), tile_q.get(), sum_k.get());
       }
     }
     Loops<T>::transpose(sum_k.get(), width, d, M, T(1), grad_k + task * M * d, d);
