@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_tester import OpTester
+from op_tester import OpTester, compile_for_gpus
 from torch.nn import functional as F
 
 import fastcam
@@ -124,3 +124,19 @@ class TestAttentionMaps(OpTester):
             fastcam.attention_maps(q, q.double(), q.double())
         with pytest.raises(TypeError, match=r"expected total in float32 on \w+, got float64"):
             fastcam.attention_maps(q, q, q, q.new_ones(1, 3, 3).double())
+
+
+@pytest.mark.parametrize(("dtype", "d"), [("fp32", 64), ("fp16", 3), ("bf16", 128)])
+def test_triton_kernels_compile_for_several_gpu_generations(dtype, d):
+    kernels = pytest.importorskip("fastcam.kernels.attention_maps")
+    x, f, size = f"*{dtype}", "*fp32", kernels.blocks(d)
+    sizes = dict.fromkeys(("H", "N", "M", "D", "rows", "skip"), "i32") | {"scale": "fp32"}
+    inputs = {"q_ptr": x, "k_ptr": x, "v_ptr": x, "lse_ptr": f}
+    few = {name: sizes[name] for name in ("N", "M", "D", "scale")}
+    compile_for_gpus(kernels._attention_maps_fwd_kernel, {**inputs, "out_ptr": x, **few}, size)
+    mean = {"q_ptr": x, "k_ptr": x, "lse_ptr": f, "total_ptr": f, "maps_ptr": f}
+    compile_for_gpus(kernels._attention_maps_mean_kernel, {**mean, **sizes}, {"HAS_TOTAL": True, **size})
+    both = {**inputs, "grad_ptr": x, "grad_maps_ptr": f, "inner_ptr": f, **sizes}
+    has = {"HAS_MAPS": True, **size}
+    compile_for_gpus(kernels._attention_maps_bwd_queries_kernel, {**both, "grad_q_ptr": x}, has)
+    compile_for_gpus(kernels._attention_maps_bwd_keys_kernel, {**both, "grad_k_ptr": x, "grad_v_ptr": x}, has)
