@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-def blocks(d: int) -> dict[str, int]:
-    """Block sizes for ``d`` channels. ``tl.dot`` wants at least 16 of everything."""
+def blocks(d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Block sizes for ``d`` channels, at least the 16 that ``tl.dot`` wants, and how tensor cores multiply.
+
+    16-bit numbers are tf32 numbers, so one product of these is enough; float32 takes three.
+    """
     width = max(16, triton.next_power_of_2(d))
-    return {"BLOCK_N": 64 if width <= 64 else 32, "BLOCK_M": 64 if width <= 64 else 32, "BLOCK_D": width}
+    side = 64 if width <= 64 else 32
+    dot = "tf32x3" if dtype == torch.float32 else "tf32"
+    return {"DOT": dot, "BLOCK_N": side, "BLOCK_M": side, "BLOCK_D": width}
 
 
 @triton.jit
@@ -37,7 +44,7 @@ def _load_maps_gradient(ptr, n, m, rows, skip, M):
 @triton.jit(do_not_specialize=["N", "M", "D"])
 def _attention_maps_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, N, M, D, scale,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: the attention of BLOCK_N queries of one head, with a running maximum over blocks of keys."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -50,14 +57,14 @@ def _attention_maps_fwd_kernel(
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         k = _load_rows(k_ptr + head * M * D, m, M, D, d, D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), input_precision=DOT)
         scores = tl.where(m[None, :] < M, scores, float("-inf"))
         higher = tl.maximum(high, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(high - higher)
         total = total * shrink + tl.sum(weights, axis=1)
         v = _load_rows(v_ptr + head * M * D, m, M, D, d, D)
-        out = out * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
+        out = out * shrink[:, None] + tl.dot(weights, v, input_precision=DOT)
         high = higher
     _store_rows(out_ptr + head * N * D, out / total[:, None], n, N, D, d, D)
     tl.store(lse_ptr + head * N + n, high + tl.log(total), mask=n < N)
@@ -66,7 +73,7 @@ def _attention_maps_fwd_kernel(
 @triton.jit(do_not_specialize=["H", "N", "M", "D", "rows", "skip"])
 def _attention_maps_mean_kernel(
     q_ptr, k_ptr, lse_ptr, total_ptr, maps_ptr, H, N, M, D, rows, skip, scale, HAS_TOTAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows and BLOCK_M columns of an image's maps, summed over its heads, written once."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,7 +86,7 @@ def _attention_maps_mean_kernel(
         q = _load_rows(q_ptr + head * N * D, n, rows, D, d, D) * scale
         k = _load_rows(k_ptr + head * M * D, m, M, D, d, D)
         lse = tl.load(lse_ptr + head * N + n, mask=n < rows, other=0.0)
-        mean += tl.exp(tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None])
+        mean += tl.exp(tl.dot(q, tl.trans(k), input_precision=DOT) - lse[:, None])
     at = b * rows * (M - skip) + n[:, None].to(tl.int64) * (M - skip) + (m[None, :] - skip)
     mask = (n[:, None] < rows) & (m[None, :] < M)
     mean /= H
@@ -91,7 +98,7 @@ def _attention_maps_mean_kernel(
 @triton.jit(do_not_specialize=["H", "N", "M", "D", "rows", "skip"])
 def _attention_maps_bwd_queries_kernel(
     grad_ptr, grad_maps_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, inner_ptr, grad_q_ptr, H, N, M, D, rows, skip, scale,
-    HAS_MAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MAPS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_N queries of one head; first the sum over keys of weight times gradient."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,9 +114,9 @@ def _attention_maps_bwd_queries_kernel(
             m = m0 + tl.arange(0, BLOCK_M)
             k = _load_rows(k_ptr + head * M * D, m, M, D, d, D)
             v = _load_rows(v_ptr + head * M * D, m, M, D, d, D)
-            weights = tl.exp(tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None])
+            weights = tl.exp(tl.dot(q, tl.trans(k), input_precision=DOT) - lse[:, None])
             weights = tl.where(m[None, :] < M, weights, 0.0)
-            grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+            grad_weights = tl.dot(grad, tl.trans(v), input_precision=DOT)
             if HAS_MAPS:
                 of_image = grad_maps_ptr + head // H * rows * (M - skip)
                 grad_weights += _load_maps_gradient(of_image, n, m, rows, skip, M) / H
@@ -117,7 +124,7 @@ def _attention_maps_bwd_queries_kernel(
                 inner += tl.sum(weights * grad_weights, axis=1)
             else:
                 grad_scores = weights * (grad_weights - inner[:, None])
-                grad_q += tl.dot(grad_scores, k, input_precision="ieee")
+                grad_q += tl.dot(grad_scores, k, input_precision=DOT)
     _store_rows(grad_q_ptr + head * N * D, grad_q * scale, n, N, D, d, D)
     tl.store(inner_ptr + head * N + n, inner, mask=n < N)
 
@@ -125,7 +132,8 @@ def _attention_maps_bwd_queries_kernel(
 @triton.jit(do_not_specialize=["H", "N", "M", "D", "rows", "skip"])
 def _attention_maps_bwd_keys_kernel(
     grad_ptr, grad_maps_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, inner_ptr, grad_k_ptr, grad_v_ptr, H, N, M, D, rows, skip,
-    scale, HAS_MAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, HAS_MAPS: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BLOCK_M keys and values of one head, summed over all queries."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -141,14 +149,14 @@ def _attention_maps_bwd_keys_kernel(
         grad = _load_rows(grad_ptr + head * N * D, n, N, D, d, D)
         lse = tl.load(lse_ptr + head * N + n, mask=n < N, other=float("inf"))  # no weight beyond the last query
         inner = tl.load(inner_ptr + head * N + n, mask=n < N, other=0.0)
-        weights = tl.exp(tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None])
-        grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        weights = tl.exp(tl.dot(q, tl.trans(k), input_precision=DOT) - lse[:, None])
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=DOT)
         if HAS_MAPS:
             of_image = grad_maps_ptr + head // H * rows * (M - skip)
             grad_weights += _load_maps_gradient(of_image, n, m, rows, skip, M) / H
-        grad_v += tl.dot(tl.trans(weights), grad, input_precision="ieee")
+        grad_v += tl.dot(tl.trans(weights), grad, input_precision=DOT)
         grad_scores = weights * (grad_weights - inner[:, None])
-        grad_k += tl.dot(tl.trans(grad_scores), q, input_precision="ieee")  # q holds the scale
+        grad_k += tl.dot(tl.trans(grad_scores), q, input_precision=DOT)  # q holds the scale
     _store_rows(grad_k_ptr + head * M * D, grad_k, m, M, D, d, D)
     _store_rows(grad_v_ptr + head * M * D, grad_v, m, M, D, d, D)
 
@@ -164,9 +172,8 @@ def attention_maps_fwd(
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if lse.numel() == 0:
         return out, maps, lse
-    q, k, v, size = q.contiguous(), k.contiguous(), v.contiguous(), blocks(d)
-    grid = (triton.cdiv(N, size["BLOCK_N"]), B * H)
-    _attention_maps_fwd_kernel[grid](q, k, v, out, lse, N, M, d, scale, **size)
+    q, k, v, size = q.contiguous(), k.contiguous(), v.contiguous(), blocks(d, q.dtype)
+    _attention_maps_fwd_kernel[(triton.cdiv(N, size["BLOCK_N"]), B * H)](q, k, v, out, lse, N, M, d, scale, **size)
     if maps.numel() > 0:
         grid = (triton.cdiv(rows, size["BLOCK_N"]), triton.cdiv(M - skip, size["BLOCK_M"]), B)
         added = maps if total is None else total.contiguous()
@@ -185,7 +192,7 @@ def attention_maps_bwd(
     grads = [t.new_empty(t.shape) for t in (q, k, v)]
     if lse.numel() == 0:
         return grads[0], grads[1].zero_(), grads[2].zero_()
-    grad, q, k, v, size = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), blocks(d)
+    grad, q, k, v, size = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), blocks(d, q.dtype)
     inner = torch.empty_like(lse)
     rows = 0 if grad_maps is None else grad_maps.shape[1]
     of_maps = lse if grad_maps is None else grad_maps.contiguous()

@@ -171,7 +171,7 @@ class RandAugment(v2.Transform):
         def move(turn: float = 0.0, right: float = 0.0, down: float = 0.0, shear: tuple[float, float] = (0, 0)) -> Any:
             at = [round(right * x.shape[-1]), round(down * x.shape[-2])]
             fill = [255 * value for value in IMAGENET_MEAN]
-            return F.affine(x, turn, at, 1.0, list(shear), v2.InterpolationMode.BILINEAR, fill)  # type: ignore[arg-type]
+            return F.affine(x, turn, at, 1.0, list(shear), v2.InterpolationMode.BILINEAR, fill)
 
         def add() -> Any:
             brighter = (x.to(torch.int16) + min(128, int(110 * level))).clamp(max=255).to(torch.uint8)

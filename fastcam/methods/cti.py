@@ -498,7 +498,7 @@ class CTI(nn.Module):
         named = list(self.named_parameters())
         free = [p for name, p in named if p.ndim == 1 or name.endswith("cls_token")]
         decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("cls_token")]
-        groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay)
 
         def factor(step: int) -> float:

@@ -76,10 +76,10 @@ def cases(device: str) -> CaseIterator:
             yield Case(
                 name=f"{size}, maps of {'all' if rows == T else 'class'} rows, forward",
                 runners={
-                    name: lambda f=f, x=x, total=total, rows=rows: f(*x, total[:, :rows], rows)
+                    name: lambda f=f, x=x, t=total[:, :rows], rows=rows: f(x[0], x[1], x[2], t, rows)
                     for name, f in forms.items()
                 },
-                expected=lambda x=x, total=total, rows=rows: stored(*x, total[:, :rows], rows),
+                expected=lambda x=x, t=total[:, :rows], rows=rows: stored(x[0], x[1], x[2], t, rows),
                 moved=4 * (4 * x[0].numel() + 2 * total[:, :rows].numel()),
                 operations=4 * pairs,
                 unchecked=without,

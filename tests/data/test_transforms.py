@@ -4,7 +4,15 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from fastcam.data import denormalize, eval_transform, multi_scale, segment_transform, train_transform
+from fastcam.data import (
+    RandAugment,
+    denormalize,
+    eval_transform,
+    multi_scale,
+    segment_transform,
+    train_transform,
+    two_view_transform,
+)
 from fastcam.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -143,3 +151,72 @@ def test_bad_settings_name_the_transform():
     ):
         with pytest.raises(ValueError, match=r"Random\w+: expected"):
             make()
+
+
+class TestTwoViews:
+    def test_two_crops_of_one_size_and_the_rest_untouched(self):
+        torch.manual_seed(0)
+        out = two_view_transform(32)(item())
+        for name in ("image", "strong"):
+            assert type(out[name]) is torch.Tensor
+            assert (out[name].shape, out[name].dtype) == ((3, 32, 32), torch.float32)
+        assert (out["mask"].shape, out["mask"].dtype) == ((32, 32), torch.int64)
+        assert out["tags"].tolist() == [1, 1] and out["id"] == "a"
+        assert not torch.equal(out["image"], out["strong"])
+
+    def test_first_view_keeps_its_colours_and_its_mask(self):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            out = two_view_transform(48)(item())
+            image = denormalize(out["image"]).int()
+            assert ((image[1] - 77).abs() <= 1).all() and ((image[2] - 11).abs() <= 1).all()
+            assert ((image[0] > 100) != (out["mask"] == 200)).float().mean() < 0.15
+
+    def test_same_seed_same_views(self):
+        results = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            results.append(two_view_transform(32)(item())["strong"])
+        assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+    def test_bad_scale_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"two_view_transform: expected 0 < smallest <= largest scale, got \(0, 1\)"
+        ):
+            two_view_transform(32, scale=(0, 1))
+
+
+class TestRandAugment:
+    def test_every_operation_keeps_shape_and_dtype_and_most_change_the_image(self):
+        torch.manual_seed(0)
+        image = tv_tensors.Image(torch.randint(20, 220, (3, 20, 30), dtype=torch.uint8))
+        augment, changed = RandAugment(), 0
+        for index in range(15):
+            for sign in (-1.0, 1.0):
+                out = augment.transform(image, {"chosen": [(index, 0.9, sign)]})
+                assert (out.shape, out.dtype) == (image.shape, torch.uint8)
+                changed += not torch.equal(out, image)
+        assert changed >= 28
+
+    def test_severity_by_hand(self):
+        image = tv_tensors.Image(torch.full((3, 4, 4), 100, dtype=torch.uint8))
+        one = lambda index, level, sign=1.0: RandAugment().transform(image, {"chosen": [(index, level, sign)]})  # noqa: E731
+        assert one(2, 0.9).unique().tolist() == [155]  # inverted
+        assert one(4, 0.5).unique().tolist() == [64]  # two bits
+        assert one(5, 1.0).unique().tolist() == [155]  # inverted from 0 on
+        assert one(6, 0.5).unique().tolist() == [155]  # 55 more where it is dark
+        assert one(9, 0.5).unique().tolist() == [145]  # 1.45 times as bright
+        assert one(13, 1.0)[:, 0, 0].tolist() == [124, 116, 104]  # moved 45 % to the right: the mean colour
+
+    def test_half_of_the_operations_are_used(self):
+        torch.manual_seed(0)
+        image = tv_tensors.Image(torch.zeros(3, 4, 4, dtype=torch.uint8))
+        drawn = [RandAugment(ops=2).make_params([image])["chosen"] for _ in range(400)]
+        assert 0.45 < sum(len(chosen) for chosen in drawn) / 800 < 0.55
+        assert {index for chosen in drawn for index, _, _ in chosen} == set(range(15))
+        levels = torch.tensor([level for chosen in drawn for _, level, _ in chosen])
+        assert 0.88 < levels.mean() < 0.92 and 0.03 < levels.std() < 0.06
+
+    def test_bad_magnitude_is_refused(self):
+        with pytest.raises(ValueError, match=r"RandAugment: expected ops >= 0 and magnitude in 0\.\.10, got 2 and 11"):
+            RandAugment(magnitude=11)

@@ -126,10 +126,10 @@ class TestAttentionMaps(OpTester):
             fastcam.attention_maps(q, q, q, q.new_ones(1, 3, 3).double())
 
 
-@pytest.mark.parametrize(("dtype", "d"), [("fp32", 64), ("fp16", 3), ("bf16", 128)])
+@pytest.mark.parametrize(("dtype", "d"), [("fp32", 32), ("bf16", 64)])
 def test_triton_kernels_compile_for_several_gpu_generations(dtype, d):
     kernels = pytest.importorskip("fastcam.kernels.attention_maps")
-    x, f, size = f"*{dtype}", "*fp32", kernels.blocks(d)
+    x, f, size = f"*{dtype}", "*fp32", kernels.blocks(d, torch.float32 if dtype == "fp32" else torch.bfloat16)
     sizes = dict.fromkeys(("H", "N", "M", "D", "rows", "skip"), "i32") | {"scale": "fp32"}
     inputs = {"q_ptr": x, "k_ptr": x, "v_ptr": x, "lse_ptr": f}
     few = {name: sizes[name] for name in ("N", "M", "D", "scale")}

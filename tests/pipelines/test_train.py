@@ -26,6 +26,17 @@ SFC = {
     "correlation_channels": 8,
     "bank_draws": 2,
 }
+CTI = {
+    "name": "cti",
+    "backbone": "deit_tiny_patch16_224",
+    "image_size": 48,
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "infusion_block": 0,
+    "cam_blocks": 2,
+    "memory_size": 1,
+}
 
 
 def joined(lists):
@@ -60,7 +71,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("method", [METHOD, SFC], ids=["cam", "sfc"])
+@pytest.mark.parametrize("method", [METHOD, SFC, CTI], ids=["cam", "sfc", "cti"])
 def test_killed_in_mid_epoch_and_run_again_ends_in_the_same_bits(method, data, tmp_path, monkeypatch):
     config = dataclasses.replace(TRAINER, checkpoint_every=2)  # 3 steps an epoch: step 4 is the middle of the second
     whole = train(data, method, config, tmp_path / "whole")
