@@ -251,7 +251,7 @@ void forward(Rows<T> q, Rows<T> k, Rows<T> v, const T* total, T* out, T* maps, T
   });
 }
 
-// grad_maps (B, M - skip, rows), transposed, or null.
+// grad_maps (B, rows, M - skip) or null.
 template <typename T>
 void backward(Rows<T> grad, const T* grad_maps, Rows<T> q, Rows<T> k, Rows<T> v, const T* lse, T* grad_q, T* grad_k,
               T* grad_v, int64_t B, int64_t H, int64_t N, int64_t M, int64_t d, int64_t rows, int64_t skip, T scale,
@@ -259,6 +259,11 @@ void backward(Rows<T> grad, const T* grad_maps, Rows<T> q, Rows<T> k, Rows<T> v,
   constexpr int64_t P = PANEL<T>;
   const int64_t head = (M + HEIGHT - 1) / HEIGHT * HEIGHT * d, panels = (M + P - 1) / P, width = panels * P;
   if (B * H * N * M * d < SMALL) threads = 1;
+  const int64_t columns = M - skip, area = grad_maps ? columns * rows : 0;
+  const auto turned_maps = buffer<T>(B * area);  // queries along the vectors, as the weights
+  parallel_for(grad_maps ? B : 0, 1, threads, [&](int64_t b, int64_t) {
+    Loops<T>::transpose(grad_maps + b * area, columns, rows, columns, T(1), turned_maps.get() + b * area, rows);
+  });
   parallel_for(B * H, 1, threads, [&](int64_t task, int64_t) {
     const int64_t b = task / H, h = task % H;
     const auto keys = uninitialized<T>(head), values = uninitialized<T>(head), rows_k = uninitialized<T>(M * d);
@@ -285,7 +290,7 @@ void backward(Rows<T> grad, const T* grad_maps, Rows<T> q, Rows<T> k, Rows<T> v,
       Loops<T>::transpose(tile_g.get(), d, count, d, T(1), right.get(), P);
       multiply_packed(keys.get(), left.get(), s.get(), M, d);
       multiply_packed(values.get(), right.get(), w.get(), M, d);
-      const T* maps = grad_maps && mapped ? grad_maps + b * (M - skip) * rows + n : nullptr;
+      const T* maps = area && mapped ? turned_maps.get() + b * area + n : nullptr;
       Loops<T>::softmax_gradient(s.get(), w.get(), logs, maps, rows, mapped, 1 / T(H), scale, skip, M);
       multiply_transposed(rows_k.get(), w.get(), product.get(), M, d);
       Loops<T>::transpose(product.get(), P, d, count, T(1), grad_q + row * d, d);

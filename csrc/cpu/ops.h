@@ -5,8 +5,8 @@
 
 namespace fastcam {
 
-// q, out (B, H, N, d), k, v (B, H, M, d), lse (B, H, N); total, maps (B, rows, M - skip), total may be null; strides:
-// of images, heads and rows of q, k, v and, backward, of grad. grad_maps (B, M - skip, rows), transposed, or null.
+// q, out (B, H, N, d), k, v (B, H, M, d), lse (B, H, N); total, maps and grad_maps (B, rows, M - skip), total and
+// grad_maps may be null; strides: of images, heads and rows of q, k, v and, backward, of grad.
 void attention_maps_fwd(const void* q, const void* k, const void* v, const int64_t* strides, const void* total,
                         void* out, void* maps, void* lse, bool f64, int64_t B, int64_t H, int64_t N, int64_t M,
                         int64_t d, int64_t rows, int64_t skip, double scale, int threads);

@@ -35,13 +35,13 @@ def attention_maps_bwd(
     work = lse.dtype
     B, H, N, d = q.shape
     inputs = [_rows(t, work) for t in (q, k, v, grad)]
-    turned = None if grad_maps is None else grad_maps.mT.contiguous()
+    grad_maps = None if grad_maps is None else grad_maps.contiguous()
     grads = [empty(t.shape, work) for t in (q, k, v)]
     strides = _strides(inputs)
     _C.attention_maps_bwd(
-        inputs[3].data_ptr(), 0 if turned is None else turned.data_ptr(), *(t.data_ptr() for t in inputs[:3]),
+        inputs[3].data_ptr(), 0 if grad_maps is None else grad_maps.data_ptr(), *(t.data_ptr() for t in inputs[:3]),
         strides.data_ptr(), lse.data_ptr(), *(t.data_ptr() for t in grads), work == torch.float64,
-        B, H, N, k.shape[2], d, 0 if turned is None else turned.shape[2], skip, scale, torch.get_num_threads(),
+        B, H, N, k.shape[2], d, 0 if grad_maps is None else grad_maps.shape[1], skip, scale, torch.get_num_threads(),
     )  # fmt: skip
     return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
 

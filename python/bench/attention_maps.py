@@ -73,14 +73,14 @@ def cases(device: str) -> CaseIterator:
         pairs = B * HEADS * T * T * CHANNELS
         size = f"{what}, B {B}, {T} tokens"
         for rows in (T, CLASSES):
+            t = total[:, :rows].contiguous()
             yield Case(
                 name=f"{size}, maps of {'all' if rows == T else 'class'} rows, forward",
                 runners={
-                    name: lambda f=f, x=x, t=total[:, :rows], rows=rows: f(x[0], x[1], x[2], t, rows)
-                    for name, f in forms.items()
+                    name: lambda f=f, x=x, t=t, rows=rows: f(x[0], x[1], x[2], t, rows) for name, f in forms.items()
                 },
-                expected=lambda x=x, t=total[:, :rows], rows=rows: stored(x[0], x[1], x[2], t, rows),
-                moved=4 * (4 * x[0].numel() + 2 * total[:, :rows].numel()),
+                expected=lambda x=x, t=t, rows=rows: stored(x[0], x[1], x[2], t, rows),
+                moved=4 * (4 * x[0].numel() + 2 * t.numel()),
                 operations=4 * pairs,
                 unchecked=without,
             )
@@ -105,7 +105,8 @@ def cases(device: str) -> CaseIterator:
     blocks = [inputs(batch // 2, 217) for _ in range(12)]
 
     def training(form: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return form([tuple(t.detach().requires_grad_() for t in block) for block in blocks])
+        out, total = form([tuple(t.detach().requires_grad_() for t in block) for block in blocks])
+        return out.detach(), total.detach()
 
     yield Case(
         name=f"12 blocks, B {batch // 2}, 217 tokens, forward with what backward needs",
