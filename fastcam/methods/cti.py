@@ -31,6 +31,7 @@ from fastcam.ops.attention_maps import attention_maps
 
 MAPS = ("cam", "fused", "refined")
 TRUNK = "backbone."  # where a trained method keeps its transformer
+UNREAD = {"pos_embed", "norm.weight", "norm.bias"}  # tensors of a classifier that CTI has no use for
 
 
 @dataclass(frozen=True)
@@ -310,26 +311,30 @@ class MultiTokenViT(nn.Module):
         state, saved = load_weights(path)
         if "method" in saved:
             state = {k.removeprefix(TRUNK): v for k, v in state.items() if k.startswith(TRUNK)}
-        ours = {k: v.shape for k, v in self.state_dict().items()}
-        if "pos_embed_pat" not in state and "pos_embed" in state:  # of an image classifier
-            position = state["pos_embed"]
-            side = math.isqrt(max(0, position.shape[1] - 1))
-            if side * side == position.shape[1] - 1 and (side, side) != self.grid_size:
-                square = position[:, 1:].float().mT.unflatten(2, (side, side))
-                resized = F.interpolate(square, self.grid_size, mode="bicubic", align_corners=False).flatten(2).mT
-                position = torch.cat([position[:, :1].float(), resized], dim=1)
+        if "pos_embed_pat" not in state and "pos_embed" in state:  # an image classifier: its trunk, our new parts
             new = ("bg_token", "tokenizer.", "head.")
             state = {k: v for k, v in state.items() if not k.startswith(new)}
             state |= {k: v for k, v in self.state_dict().items() if k.startswith(new)}
-            state["pos_embed_pat"] = position[:, 1:]
+            position = state["pos_embed"]
             state["pos_embed_cls"] = position[:, :1].expand(-1, self.pos_embed_cls.shape[1], -1)
+            state["pos_embed_pat"] = self._regrid(position[:, 1:])
+        ours = {k: v.shape for k, v in self.state_dict().items()}
         wrong = sorted(k for k, shape in ours.items() if k not in state or state[k].shape != shape)
+        wrong += sorted(state.keys() - ours.keys() - UNREAD)
         if wrong:
             raise FastcamError(
-                f"weights '{path}': {wrong[0]} and {len(wrong) - 1} more are missing or of another shape; expected "
-                f"'{name}' in timm's names, or a network of CTI with as many classes"
+                f"weights '{path}': {wrong[0]} and {len(wrong) - 1} more are missing, not expected or of another "
+                f"shape; give those of '{name}' in timm's names, or of a network of CTI with as many classes"
             )
         self.load_state_dict({k: state[k].float() for k in ours})
+
+    def _regrid(self, position: Tensor) -> Tensor:
+        """Positions of the patches of a square image ``(1, N, D)`` on our grid."""
+        side = math.isqrt(position.shape[1])
+        if side * side != position.shape[1] or (side, side) == self.grid_size:
+            return position
+        square = position.float().mT.unflatten(2, (side, side))
+        return F.interpolate(square, self.grid_size, mode="bicubic", align_corners=False).flatten(2).mT
 
 
 def attend(block: Any, x: Tensor, total: Tensor | None, rows: int | None, skip: int) -> tuple[Tensor, Tensor]:
@@ -352,7 +357,7 @@ def _create_vit(config: Config) -> Any:
     import difflib
 
     import timm
-    from timm.models.vision_transformer import Attention, VisionTransformer
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     name = config.backbone
     if not timm.is_model(name):
@@ -369,8 +374,16 @@ def _create_vit(config: Config) -> Any:
         raise FastcamError(
             f"backbone '{name}': cannot be built: {reason}; change its sizes or choose another"
         ) from None
-    plain = type(net) is VisionTransformer and net.num_prefix_tokens == 1 and not net.no_embed_class
-    if not plain or any(type(block.attn) is not Attention for block in net.blocks):
+    plain = (
+        type(net) is VisionTransformer
+        and net.num_prefix_tokens == 1
+        and net.pos_embed is not None
+        and not net.no_embed_class
+        and all(type(block) is Block and type(block.attn) is Attention for block in net.blocks)
+    )
+    # Layers that some networks have between those that the forward pass here goes through.
+    between = [net.norm_pre, net.patch_embed.norm, *(block.attn.norm for block in net.blocks)] if plain else []
+    if not plain or any(not isinstance(layer, nn.Identity) for layer in between):
         raise FastcamError(
             f"backbone '{name}': expected a plain vision transformer with one class token and learned positions; "
             "choose one such as 'deit_small_patch16_224'"

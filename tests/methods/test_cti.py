@@ -495,8 +495,12 @@ class TestWeights:
 
     def test_weights_of_another_network_are_refused(self, tmp_path):
         save_weights(tmp_path / "other.safetensors", {"pos_embed": torch.zeros(1, 17, 8)}, {})
-        with pytest.raises(FastcamError, match=r"missing or of another shape; expected 'deit_tiny_patch16_224'"):
+        with pytest.raises(FastcamError, match=r"are missing, not expected or of another shape; give those of"):
             create(weights=tmp_path / "other.safetensors")
+        deep = create().backbone.state_dict()
+        save_weights(tmp_path / "deep.safetensors", deep, {})
+        with pytest.raises(FastcamError, match=r"deep.safetensors': blocks\.4\.attn\.proj\.bias and 47 more"):
+            create(depth=4, infusion_block=1, cam_blocks=2, weights=tmp_path / "deep.safetensors")
 
 
 class TestRefusals:
@@ -511,6 +515,7 @@ class TestRefusals:
             ({"backbone": "deit_tiny_patch16_22"}, "timm has no such network; near it: "),
             ({"backbone": "resnet10t"}, "backbone 'resnet10t': "),
             ({"backbone": "deit_tiny_distilled_patch16_224"}, "expected a plain vision transformer"),
+            ({"backbone": "vit_base_patch16_clip_224"}, "expected a plain vision transformer"),
             ({"num_heads": 3}, "cannot be built: "),
         ],
     )
