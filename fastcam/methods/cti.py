@@ -382,8 +382,9 @@ def _create_vit(config: Config) -> Any:
         and all(type(block) is Block and type(block.attn) is Attention for block in net.blocks)
     )
     # Layers that some networks have between those that the forward pass here goes through.
-    between = [net.norm_pre, net.patch_embed.norm, *(block.attn.norm for block in net.blocks)] if plain else []
-    if not plain or any(not isinstance(layer, nn.Identity) for layer in between):
+    between = [net.norm_pre, net.patch_embed.norm] if plain else []
+    between += [getattr(block.attn, name, None) for block in net.blocks for name in ("norm", "gate")] if plain else []
+    if not plain or any(not isinstance(layer, (nn.Identity, type(None))) for layer in between):
         raise FastcamError(
             f"backbone '{name}': expected a plain vision transformer with one class token and learned positions; "
             "choose one such as 'deit_small_patch16_224'"
