@@ -237,6 +237,7 @@ class MultiTokenViT(nn.Module):
             raise FastcamError(f"cti: infusion_block is {config.infusion_block}, expected 0 to {depth - 2}")
         if not 1 <= config.cam_blocks <= depth:
             raise FastcamError(f"cti: cam_blocks is {config.cam_blocks}, expected 1 to {depth}")
+        self.normalize = (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"]))
         self.grid_size = tuple(net.patch_embed.grid_size)
         self.infusion_block = config.infusion_block
         self.patch_embed = net.patch_embed
@@ -399,7 +400,8 @@ class CTI(nn.Module):
         num_classes: number of foreground classes C.
         config: its values.
         weights: local file to start from: the backbone's in timm's names (DeiT, whose class token and position start
-            all of ours; positions of another grid are resized), or a trained network of CTI, ours or the authors'.
+            all of ours; positions of another grid are resized), or a trained network of CTI, ours or in the
+            authors' names.
 
     Raises:
         FastcamError: a value that is refused, a backbone that is no plain vision transformer, weights that do not fit.
@@ -423,8 +425,8 @@ class CTI(nn.Module):
             )
         self.num_classes = num_classes
         self.config = config
-        self.normalize = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.backbone = MultiTokenViT(num_classes, config, weights)
+        self.normalize = self.backbone.normalize
         self.memory = ClassTokenMemory(num_classes, config.memory_size, self.backbone.cls_token.shape[-1])
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.start_step = 0
