@@ -16,6 +16,8 @@ from fastcam.errors import FastcamError
 METHODS = {
     "cam": ("fastcam.methods.cam", "CAM"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
+    "drs": ("fastcam.methods.drs", "DRS"),
+    "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
