@@ -154,13 +154,11 @@ class DRSRefine(nn.Module):
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """Adam, whose learning rate falls in steps."""
         config = self.config
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [p for p in self.backbone.parameters() if p.requires_grad]},
-                {"params": list(self.head.parameters()), "lr": config.lr * config.head_lr_factor},
-            ],
-            lr=config.lr,
-        )
+        groups = [
+            {"params": [p for p in self.backbone.parameters() if p.requires_grad], "lr": config.lr},
+            {"params": list(self.head.parameters()), "lr": config.lr * config.head_lr_factor},
+        ]
+        optimizer = torch.optim.Adam(groups)
         return [(optimizer, step_decay(optimizer, config.drops, total_steps))]
 
     def export_state_dict(self) -> dict[str, Tensor]:

@@ -30,11 +30,11 @@ class _Suppress(torch.autograd.Function):
         m, at = z.flatten(2).max(dim=2)  # of equal maxima the first, on the CPU
         exact = torch.promote_types(x.dtype, torch.float32)
         if weight is None:
-            g, s = None, m.new_full((1, 1), delta)
+            g, s = None, m.new_full((1, 1), delta, dtype=exact)
         else:
             g = z.mean(dim=(2, 3), dtype=exact)
-            s = torch.sigmoid(g @ weight.to(exact).T).to(m.dtype)
-        limit = m * s
+            s = torch.sigmoid(g @ weight.to(exact).T).to(exact)
+        limit = (m * s).to(x.dtype)
         y = torch.minimum(z, limit[:, :, None, None])
         ctx.save_for_backward(y, weight, m, at, g, s, None if math.isinf(cap) else x < cap)
         ctx.cap, ctx.exact = cap, exact
@@ -44,7 +44,7 @@ class _Suppress(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, m, at, g, s, below_cap = ctx.saved_tensors
-        limit = m * s
+        limit = (m * s).to(y.dtype)
         clipped = (y >= limit[:, :, None, None]) & (limit < m)[:, :, None, None]
         spread = (grad * clipped).sum(dim=(2, 3), dtype=ctx.exact)
         through = grad.masked_fill(clipped, 0)
@@ -59,8 +59,8 @@ class _Suppress(torch.autograd.Function):
             through = through * below_cap
             spread = spread * (m < ctx.cap)
         at_max = (s * spread * (m > 0)).to(grad.dtype)
-        flat = through.flatten(2).scatter_add(2, at[:, :, None], at_max[:, :, None])
-        return flat.view_as(y), grad_weight, None, None
+        through.flatten(2).scatter_add_(2, at[:, :, None], at_max[:, :, None])  # a view, channels last too
+        return through, grad_weight, None, None
 
 
 def suppress(x: Tensor, controller: float | Tensor, cap: float = math.inf) -> Tensor:
