@@ -18,6 +18,7 @@ METHODS = {
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "drs": ("fastcam.methods.drs", "DRS"),
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
+    "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),

@@ -185,6 +185,7 @@ class DRS(nn.Module):
         for layer in self.head:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits at every pixel of the last feature map, ``(B, C, h, w)``; their mean is the image's logit."""

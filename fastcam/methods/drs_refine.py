@@ -115,6 +115,7 @@ class DRSRefine(nn.Module):
         for layer in self.head:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def prediction(self, images: Tensor) -> Tensor:
         """Learned maps at the last features' size, ``(B, C, h, w)``; no activation, so that they may leave [0, 1]."""

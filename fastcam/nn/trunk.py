@@ -57,14 +57,10 @@ def score_head(
         activation: makes the activation behind a convolution of ``width`` channels.
 
     Returns:
-        ``(B, channels, h, w)`` to ``(B, C, h, w)``; biases are 0.
+        ``(B, channels, h, w)`` to ``(B, C, h, w)``. Initial weights are the systems' own.
     """
     modules: list[nn.Module] = []
     for _ in range(layers):
         modules += [nn.Conv2d(channels, width, 3, padding=1), activation(width)]
         channels = width
-    head = nn.Sequential(*modules, nn.Conv2d(channels, num_classes, 1))
-    for layer in head:
-        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return head
+    return nn.Sequential(*modules, nn.Conv2d(channels, num_classes, 1))

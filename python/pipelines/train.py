@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torchvision import tv_tensors
 
+from fastcam.data import GroupSampler, multi_scale
 from fastcam.errors import FastcamError
-from fastcam.io import finished_ids, load_cams, open_pass
+from fastcam.io import CamSet, finished_ids, load_cams, open_pass, save_cams
 from fastcam.methods import create_method
+from fastcam.nn import max_normalize
 from fastcam.pipelines._data import Data, Images, Transform, input_record, open_data, training_transform
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
+
+
+ATTENTION = "attention"  # folder of the maps that a method kept in training, below its weights
 
 
 class Mapped(torch.utils.data.Dataset[dict[str, Any]]):
@@ -50,10 +56,44 @@ class Mapped(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
 
+def keeps_maps(network: Any) -> bool:
+    """Whether a method keeps the maps of training images as they pass by (Group-WSSS)."""
+    return hasattr(network, "kept_maps") and network.config.accumulate
+
+
+@torch.inference_mode()
+def write_kept(network: Any, dataset: Images, side: int, out: Path, record: dict[str, Any]) -> None:
+    """The maps that a method kept in training as CamSets; an image that never came by gets those of now.
+
+    Args:
+        network: trained.
+        dataset: the training images, without a transform.
+        side: of the square in which they were seen.
+        out: folder of a pass of its own.
+        record: all that the training depended on.
+    """
+    open_pass(out, {"pass": "attention", "train": record, "classes": record["classes"]})
+    network.eval()
+    kept = {image_id: (keys, maps) for image_id, keys, maps in network.kept_maps()}
+    like = next(network.parameters())
+    for image_id in dataset.ids:
+        item = dataset.by_id(image_id)
+        image = item["image"].as_subclass(torch.Tensor)
+        if image_id in kept:
+            keys, maps = kept[image_id]
+        else:
+            (view,) = multi_scale(image, (1.0,), mean=network.normalize[0], std=network.normalize[1])
+            view = functional.interpolate(view[None].to(like), (side, side), mode="bilinear", antialias=True)
+            keys = item["tags"].nonzero().flatten()
+            maps = max_normalize(network.cams(view)[0, keys.to(like.device)]).cpu()
+        save_cams(out / f"{image_id}.npz", CamSet(keys, maps, None, (image.shape[1], image.shape[2])))
+
+
 def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path, cams: Path | None = None) -> Path:
     """Trains a method on images and their tags, or on CAMs of theirs.
 
-    Writes weights.safetensors at the end, and on the way last.ckpt, metrics.csv and TensorBoard's files. A training
+    Writes weights.safetensors at the end, and on the way last.ckpt, metrics.csv and TensorBoard's files; of methods
+    that keep the maps of the images they see (group_wsss) also these, as CamSets in attention/. A training
     that was stopped goes on where last.ckpt was written when the same command is run again, and ends in the same
     weights; a finished one is left alone.
 
@@ -104,4 +144,19 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
     if hasattr(network, "set_tag_counts"):
         network.set_tag_counts(tags.sum(0))
     dataset.transform = transform
-    return fit(network, dataset, dataset.classes, trainer, out, record)
+    size = getattr(network, "group_size", 1)
+    groups = GroupSampler(tags, size) if size > 1 else None
+    if not keeps_maps(network):
+        return fit(network, dataset, dataset.classes, trainer, out, record, groups=groups)
+    if not (trainer.square and trainer.resize_long == (trainer.crop, trainer.crop) and not trainer.flip):
+        raise FastcamError(
+            f"method {network.name} keeps the maps of training images, so that each must be seen as a whole; set "
+            f"trainer.square true, resize_long [{trainer.crop}, {trainer.crop}] and flip false, or method.accumulate "
+            "false"
+        )
+
+    def finish(trained: Any) -> None:
+        dataset.transform = None
+        write_kept(trained, dataset, trainer.crop, out / ATTENTION, record)
+
+    return fit(network, dataset, dataset.classes, trainer, out, record, finish, groups)

@@ -219,8 +219,8 @@ class TestTrunk:
         assert [(m.dilation, m.padding) for m in convolutions[-3:]] == [((2, 2), (2, 2))] * 3
         assert (backbone.channels[-1], backbone.strides[-1]) == (512, 8)
 
-    def test_head_has_its_layers_and_no_bias_at_the_start(self):
+    def test_head_has_its_layers(self):
         head = score_head(8, 5, width=6, layers=2)
         assert [type(m).__name__ for m in head] == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Conv2d"]
-        assert head(torch.zeros(1, 8, 4, 4)).count_nonzero() == 0
+        assert head(torch.zeros(1, 8, 4, 4)).shape == (1, 5, 4, 4)
         assert len(score_head(8, 5, layers=0)) == 1
