@@ -18,7 +18,6 @@ from fastcam.nn import max_normalize
 from fastcam.pipelines._data import Data, Images, Transform, input_record, open_data, training_transform
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
 
-
 ATTENTION = "attention"  # folder of the maps that a method kept in training, below its weights
 
 
