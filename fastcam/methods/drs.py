@@ -41,6 +41,7 @@ class Config:
         frozen_norm: the backbone's batch norm keeps its pre-trained statistics.
         controller: ``learnable``, one bias-free linear layer an activation, or ``fixed``.
         delta: the fixed controller's share of a channel's maximum; 1 is a plain ReLU.
+        suppressed: how many of the backbone's activations, from the last; ``None`` for all, as the authors.
         head_layers: suppressed 3 x 3 convolutions between the backbone and the classifier.
         head_channels: their width.
         mirror: take the maximum over mirror images too, which the authors do not.
@@ -55,6 +56,7 @@ class Config:
     frozen_norm: bool = True
     controller: str = "learnable"
     delta: float = 0.55
+    suppressed: int | None = None
     head_layers: int = 3
     head_channels: int = 512
     mirror: bool = False
@@ -158,6 +160,8 @@ class DRS(nn.Module):
             raise FastcamError(f"drs: controller is '{config.controller}', expected one of {', '.join(CONTROLLERS)}")
         if not 0 < config.delta <= 1:
             raise FastcamError(f"drs: delta is {config.delta}, expected a number above 0 and at most 1")
+        if config.suppressed is not None and config.suppressed < 1:
+            raise FastcamError(f"drs: suppressed is {config.suppressed}, expected at least 1, or null for all")
         if config.head_layers < 0 or config.head_channels < 1:
             raise FastcamError(
                 f"drs: head_layers is {config.head_layers} and head_channels {config.head_channels}, expected 0 or "
@@ -174,7 +178,7 @@ class DRS(nn.Module):
             frozen_norm=config.frozen_norm,
         )
         self.normalize = self.backbone.normalize
-        suppress_activations(self.backbone, delta)
+        suppress_activations(self.backbone, delta, last=config.suppressed)
         self.head = score_head(
             self.backbone.channels[-1],
             num_classes,

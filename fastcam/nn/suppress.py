@@ -143,7 +143,9 @@ class SuppressedReLU(nn.Module):
         return "learnable" if self.delta is None else f"delta={self.delta}"
 
 
-def suppress_activations(net: nn.Module, delta: float | None = None, *, image_size: int = 64) -> list[SuppressedReLU]:
+def suppress_activations(
+    net: nn.Module, delta: float | None = None, *, last: int | None = None, image_size: int = 64
+) -> list[SuppressedReLU]:
     """Replaces the ReLUs and ReLU6s of a network, in place, wherever it learns.
 
     The network is run once to see which activations come behind a parameter that learns, and with how many channels.
@@ -152,14 +154,19 @@ def suppress_activations(net: nn.Module, delta: float | None = None, *, image_si
     Args:
         net: takes images ``(B, 3, H, W)``.
         delta: the fixed share; ``None`` for learnable controllers, one an activation.
+        last: how many, counted from the end; ``None`` for all. Deep networks with frozen batch norm stand few: it was
+            not made for clipped features.
         image_size: side of the image of that run.
 
     Returns:
         The new activations in the order in which they run.
 
     Raises:
+        ValueError: ``last`` is below 1.
         FastcamError: the network has no ReLU that learns, or one that serves layers of several widths.
     """
+    if last is not None and last < 1:
+        raise ValueError(f"suppress_activations: expected last of 1 or more, or None, got {last}")
     width: dict[str, int] = {}
     old = {name: module for name, module in net.named_modules() if isinstance(module, ACTIVATIONS)}
 
@@ -190,7 +197,7 @@ def suppress_activations(net: nn.Module, delta: float | None = None, *, image_si
             "choose another, or freeze less of it"
         )
     new = []
-    for name, channels in width.items():
+    for name, channels in list(width.items())[-last if last else None :]:
         cap = 6.0 if isinstance(old[name], nn.ReLU6) else math.inf
         module = SuppressedReLU(delta, channels=channels, cap=cap).to(like.device)
         parent, _, child = name.rpartition(".")

@@ -88,7 +88,7 @@ def test_square_gives_both_sides_one_length_and_maps_follow_the_image():
     rows, columns = out["valid"].any(1), out["valid"].any(0)
     assert (int(rows.sum()), int(columns.sum())) == (30, 30)
     assert out["maps"].dtype == torch.float32
-    assert out["maps"][0][rows][:, columns][0].tolist() == list(range(1, 60, 2))
+    assert out["maps"][0][rows][:, columns][0].tolist() == list(range(0, 60, 2))
     assert out["maps"][:, ~out["valid"]].count_nonzero() == 0
 
 

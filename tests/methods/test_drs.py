@@ -129,6 +129,8 @@ class TestClassifier:
             make(controller="learned")
         with pytest.raises(FastcamError, match=r"drs: delta is 0\.0, expected a number above 0 and at most 1"):
             make(delta=0.0)
+        with pytest.raises(FastcamError, match="drs: suppressed is 0, expected at least 1"):
+            make(suppressed=0)
         with pytest.raises(FastcamError, match="drs: head_layers is -1"):
             make(head_layers=-1)
         with pytest.raises(FastcamError, match="has no ReLU behind a layer that learns"):

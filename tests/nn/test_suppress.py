@@ -183,6 +183,13 @@ class TestPlugIn:
         assert sum(isinstance(m, nn.ReLU6) for m in backbone.modules()) == before - len(new)
         assert 0 < len(new) < before
 
+    def test_last_ones_alone(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+        assert suppress_activations(net, 0.5, last=1) == [net[3]]
+        assert isinstance(net[1], nn.ReLU)
+        with pytest.raises(ValueError, match="suppress_activations: expected last of 1 or more, or None, got 0"):
+            suppress_activations(net, last=0)
+
     def test_share_of_one_leaves_the_network_as_it_was(self):
         pytest.importorskip("timm")
         torch.manual_seed(0)
