@@ -293,7 +293,6 @@ class GroupWSSS(nn.Module):
 
     name = "group_wsss"
     kind = "cam"
-    step: Tensor
 
     def __init__(self, num_classes: int, config: Config = Config(), *, weights: str | Path | None = None) -> None:
         super().__init__()
@@ -330,8 +329,7 @@ class GroupWSSS(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
         self.graph = GroupGraph(num_classes, config)
         self.attention: dict[str, dict[int, Tensor]] = {}
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.total_steps = 0
+        self.step = self.total_steps = 0
 
     def states(self, images: Tensor) -> Tensor:
         """First states of nodes: class scores at every pixel of the last feature map, ``(B, C, h, w)``."""
@@ -354,22 +352,22 @@ class GroupWSSS(nn.Module):
         draws = torch.rand(self.config.rounds, *nodes.shape[:2], device=first.device)
         last = self.graph(nodes, draws).flatten(0, 1)
         initial, final = first.mean(dim=(2, 3)), last.mean(dim=(2, 3))
-        done = int(self.step) / self.total_steps if self.total_steps and self.config.accumulate else -1.0
-        if done >= self.config.accumulate_from:
-            self._keep(batch, F.relu((first + last).detach() / 2), final.detach().sigmoid(), done)
+        if self.config.accumulate and self.step >= self.config.accumulate_from * self.total_steps:
+            self._keep(batch, F.relu((first + last).detach() / 2), final.detach().sigmoid())
         self.step += 1
         loss = group_loss(initial, final, batch["tags"], self.config.initial_loss)
         return {"loss": loss, "loss_initial": F.multilabel_soft_margin_loss(initial, batch["tags"])}
 
-    def _keep(self, batch: dict[str, Any], maps: Tensor, probability: Tensor, done: float) -> None:
-        attention = quantized_attention(maps).cpu()
+    def _keep(self, batch: dict[str, Any], maps: Tensor, probability: Tensor) -> None:
+        attention, believed = quantized_attention(maps).cpu(), probability.tolist()
+        last = self.step >= self.config.accumulate_last * self.total_steps
         for i, k in (batch["tags"] > 0).nonzero().tolist():
             kept = self.attention.setdefault(batch["id"][i], {})
             new = accumulate(
                 kept.get(k),
                 attention[i, k],
-                float(probability[i, k]),
-                last=done >= self.config.accumulate_last,
+                believed[i][k],
+                last=last,
                 least=self.config.least_probability,
             )
             if new is not None:
@@ -382,13 +380,13 @@ class GroupWSSS(nn.Module):
                 keys = sorted(kept)
                 yield image_id, torch.tensor(keys), torch.stack([kept[k] for k in keys]).float() / 255
 
-    def get_extra_state(self) -> dict[str, dict[int, Tensor]]:
-        """The kept maps, for exact resuming. They are no buffers: their number grows."""
-        return self.attention
+    def get_extra_state(self) -> dict[str, Any]:
+        """The kept maps and the number of steps, for exact resuming. Maps are no buffers: their number grows."""
+        return {"attention": self.attention, "step": self.step}
 
-    def set_extra_state(self, state: dict[str, dict[int, Tensor]]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores them."""
-        self.attention = state
+        self.attention, self.step = state["attention"], state["step"]
 
     def _mirror_group(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """First and last states of images in a group with their own mirror images, which fill it up."""
@@ -446,4 +444,4 @@ class GroupWSSS(nn.Module):
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """The state without the kept maps and the number of steps, which only training needs."""
-        return {k: v for k, v in self.state_dict().items() if k != "step" and not k.endswith("_extra_state")}
+        return {k: v for k, v in self.state_dict().items() if not k.endswith("_extra_state")}

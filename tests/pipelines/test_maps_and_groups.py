@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines.test_train import Killed, assert_same_weights, kill_in_step
 from pipelines.tiny import CLASSES, METHOD, TRAINER, files
 
 from fastcam.data import GroupSampler, VOCDataset
@@ -96,6 +97,19 @@ class TestGroups:
             assert kept.size == (48, 48)
             assert kept.maps.max() <= 1
         assert evaluate(data, tmp_path / "attention")["images"] == 12
+
+    def test_killed_and_run_again_ends_in_the_same_bits_and_maps(self, data, tmp_path, monkeypatch):
+        method, config = {**GROUP, "accumulate_from": 0.0}, dataclasses.replace(WHOLE, checkpoint_every=2)
+        whole = train(data, method, config, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            kill_in_step(patch, 5)
+            with pytest.raises(Killed):
+                train(data, method, config, tmp_path / "killed")
+        assert_same_weights(whole, train(data, method, config, tmp_path / "killed"))
+        for name in files(whole.parent / "attention"):
+            if name.endswith(".npz"):
+                first, second = (load_cams(tmp_path / run / "attention" / name) for run in ("whole", "killed"))
+                assert torch.equal(first.maps, second.maps)
 
     def test_image_that_never_came_by_gets_a_map_at_the_end(self, data, tmp_path):
         config = dataclasses.replace(WHOLE, epochs=1, batch_size=2, crop=48)
