@@ -40,14 +40,14 @@ class _Suppress(torch.autograd.Function):
             g = y.mean(dim=(2, 3), dtype=exact)
             s = torch.sigmoid(g @ weight.to(exact).T).to(exact)
         y.clamp_(max=(m * s).to(x.dtype)[:, :, None, None])
-        ctx.save_for_backward(y if math.isinf(cap) else x, weight, m, row * x.shape[3] + column, g, s)
+        ctx.save_for_backward(y if math.isinf(cap) else x, weight, m, row, column, g, s)
         ctx.cap = cap
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, m, at, g, s = ctx.saved_tensors
+        kept, weight, m, row, column, g, s = ctx.saved_tensors
         limit = (m * s).to(kept.dtype)
         limit = limit.masked_fill(limit >= m, math.inf)[:, :, None, None]  # where nothing is above it
         through = torch.ops.aten.threshold_backward(grad, limit - kept, 0)  # of pixels below the limit
@@ -60,7 +60,8 @@ class _Suppress(torch.autograd.Function):
             through += dg[:, :, None, None].to(grad.dtype)
         through = torch.ops.aten.hardtanh_backward(through, kept, 0, ctx.cap)
         at_max = (s * spread * ((m > 0) & (m < ctx.cap))).to(grad.dtype)
-        through.flatten(2).scatter_add_(2, at[:, :, None], at_max[:, :, None])  # a view, channels last too
+        image, channel = (torch.arange(n, device=m.device) for n in m.shape)
+        through[image[:, None], channel, row, column] += at_max
         return through, grad_weight, None, None
 
 

@@ -59,6 +59,21 @@ class TestFormula:
         else:
             assert torch.autograd.gradcheck(lambda x: suppress(x, controller, cap), (x,))
 
+    @pytest.mark.parametrize("layout", ["channels last", "transposed", "every other"])
+    @pytest.mark.parametrize("controller", [0.5, torch.ones(4, 4)])
+    def test_strides_make_no_difference(self, controller, layout):
+        torch.manual_seed(0)
+        grad = torch.randn(2, 4, 6, 6)
+        x = {
+            "channels last": torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last),
+            "transposed": torch.randn(2, 4, 6, 6).transpose(2, 3),
+            "every other": torch.randn(2, 4, 12, 12)[..., ::2, ::2],
+        }[layout].requires_grad_()
+        y = suppress(x, controller)
+        expected, expected_grad = with_gradient(x.contiguous(), controller, grad)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected_grad)
+
     @pytest.mark.parametrize("cap", [math.inf, 6.0])
     def test_share_of_one_is_the_plain_activation_even_where_maxima_tie(self, cap):
         torch.manual_seed(0)
