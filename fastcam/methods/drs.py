@@ -23,10 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
-from fastcam.nn import FusedCams, SuppressedReLU, create_trunk, multi_scale_max, score_head, suppress_activations
+from fastcam.nn import (
+    CamFusion,
+    FusedCams,
+    SuppressedReLU,
+    create_trunk,
+    multi_scale_max,
+    score_head,
+    suppress_activations,
+)
 from fastcam.nn.optim import step_decay, weight_and_bias_groups
 
 CONTROLLERS = ("learnable", "fixed")
+FUSIONS = ("max", "sum")
 IGNORE = 255
 
 
@@ -44,6 +53,10 @@ class Config:
         suppressed: how many of the backbone's activations, from the last; ``None`` for all, as the authors.
         head_layers: suppressed 3 x 3 convolutions between the backbone and the classifier.
         head_channels: their width.
+        head_std: of the head's initial weights; ``None``: He's, by the number of outputs: in a short training
+            much noise, which stays in the maps.
+        fusion: of views: ``max``, the largest value of normalised maps, or ``sum``, that of IRN, which takes mirror
+            images too.
         mirror: take the maximum over mirror images too, which the authors do not.
         lr: of the backbone's weights; biases learn twice as fast, head and controllers ``head_lr_factor`` times.
         drops: shares of the training after which the learning rate falls to a tenth.
@@ -59,6 +72,8 @@ class Config:
     suppressed: int | None = None
     head_layers: int = 3
     head_channels: int = 512
+    head_std: float | None = None
+    fusion: str = "max"
     mirror: bool = False
     lr: float = 1e-3
     head_lr_factor: float = 10.0
@@ -158,6 +173,8 @@ class DRS(nn.Module):
         super().__init__()
         if config.controller not in CONTROLLERS:
             raise FastcamError(f"drs: controller is '{config.controller}', expected one of {', '.join(CONTROLLERS)}")
+        if config.fusion not in FUSIONS:
+            raise FastcamError(f"drs: fusion is '{config.fusion}', expected one of {', '.join(FUSIONS)}")
         if not 0 < config.delta <= 1:
             raise FastcamError(f"drs: delta is {config.delta}, expected a number above 0 and at most 1")
         if config.suppressed is not None and config.suppressed < 1:
@@ -188,7 +205,10 @@ class DRS(nn.Module):
         )
         for layer in self.head:
             if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+                if config.head_std is None:
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+                else:
+                    nn.init.normal_(layer.weight, std=config.head_std)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def logits(self, images: Tensor) -> Tensor:
@@ -213,8 +233,11 @@ class DRS(nn.Module):
     ) -> FusedCams:
         """Localization maps: each view's resized and divided by its maximum, the largest value of all views kept.
 
-        ``keys`` ``(n,)``: only the maps of these classes. No background.
+        With ``fusion="sum"`` those of all views and their mirror images are added first. ``keys`` ``(n,)``: only the
+        maps of these classes. No background.
         """
+        if self.config.fusion == "sum":
+            return CamFusion("irn", multiple=1)(self.cams, views, size, tags, keys)
         return FusedCams(multi_scale_max(self.cams, views, size, tags, keys, mirror=self.config.mirror))
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:

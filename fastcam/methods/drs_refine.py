@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
 from fastcam.methods.drs import winner_take_all
-from fastcam.nn import FusedCams, create_trunk, multi_scale_max, score_head
+from fastcam.nn import CamFusion, FusedCams, create_trunk, multi_scale_max, score_head
 from fastcam.nn.optim import step_decay
 
 
@@ -39,6 +39,7 @@ class Config:
         frozen_norm: the backbone's batch norm keeps its pre-trained statistics.
         head_layers: 3 x 3 convolutions between the backbone and the last layer.
         head_channels: their width.
+        fusion: of views: ``max``, the largest value, or ``mean``, which takes mirror images too.
         mirror: take the maximum over mirror images too, which the authors do not.
         lr: of Adam.
         head_lr_factor: the head learns this much faster; 1 in the authors' run.
@@ -52,6 +53,7 @@ class Config:
     frozen_norm: bool = True
     head_layers: int = 3
     head_channels: int = 512
+    fusion: str = "max"
     mirror: bool = False
     lr: float = 1e-4
     head_lr_factor: float = 1.0
@@ -74,6 +76,9 @@ def refinement_loss(prediction: Tensor, maps: Tensor, valid: Tensor | None = Non
     if valid is None:
         return squared.mean()
     return (squared * valid[:, None]).sum() / (valid.sum() * maps.shape[1]).clamp(min=1)
+
+
+FUSIONS = ("max", "mean")
 
 
 class DRSRefine(nn.Module):
@@ -99,6 +104,8 @@ class DRSRefine(nn.Module):
                 f"drs_refine: head_layers is {config.head_layers} and head_channels {config.head_channels}, expected "
                 "0 or more layers of at least 1 channel"
             )
+        if config.fusion not in FUSIONS:
+            raise FastcamError(f"drs_refine: fusion is '{config.fusion}', expected one of {', '.join(FUSIONS)}")
         self.num_classes = num_classes
         self.config = config
         self.backbone = create_trunk(
@@ -147,8 +154,12 @@ class DRSRefine(nn.Module):
     ) -> FusedCams:
         """Refined maps: the largest value of all views at every pixel, not normalised, kept to [0, 1].
 
-        ``keys`` ``(n,)``: only the maps of these classes. No background.
+        With ``fusion="mean"`` the mean of all views and their mirror images. ``keys`` ``(n,)``: only the maps of these
+        classes. No background.
         """
+        if self.config.fusion == "mean":
+            mean = CamFusion("irn", multiple=1, reduce="mean", normalize=None)
+            return FusedCams(mean(self.cams, views, size, tags, keys).maps.clamp(max=1))
         maps = multi_scale_max(self.cams, views, size, tags, keys, mirror=self.config.mirror, normalize=None)
         return FusedCams(maps.clamp(max=1))
 

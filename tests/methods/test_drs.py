@@ -96,6 +96,20 @@ class TestClassifier:
         assert (fused.maps >= one.maps).all()
         assert fused.maps[:, [1, 3, 4]].count_nonzero() == 0
 
+    def test_sum_adds_views_and_mirror_images_before_it_normalises(self, batch):
+        method = make(fusion="sum", head_std=0.01).eval()
+        assert 0.005 < method.head[-1].weight.std().item() < 0.02
+        image, expected = batch["image"][:1], 0
+        with torch.no_grad():
+            for view in (image, image[..., ::2, ::2]):
+                for mirrored in (False, True):
+                    maps = method.cams(view.flip(-1) if mirrored else view)
+                    maps = maps.flip(-1) if mirrored else maps
+                    expected = expected + F.interpolate(maps, (40, 56), mode="bilinear", align_corners=False)
+            fused = method.fused_cams([image, image[..., ::2, ::2]], (40, 56)).maps
+        expected = expected / (expected.amax((2, 3), keepdim=True) + 1e-5)
+        torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
+
     def test_map_without_positive_values_is_zero(self, batch):
         method = make().eval()
         nn.init.zeros_(method.head[-1].weight)
@@ -131,6 +145,8 @@ class TestClassifier:
             make(delta=0.0)
         with pytest.raises(FastcamError, match="drs: suppressed is 0, expected at least 1"):
             make(suppressed=0)
+        with pytest.raises(FastcamError, match="drs: fusion is 'mean', expected one of max, sum"):
+            make(fusion="mean")
         with pytest.raises(FastcamError, match="drs: head_layers is -1"):
             make(head_layers=-1)
         with pytest.raises(FastcamError, match="has no ReLU behind a layer that learns"):
@@ -189,6 +205,14 @@ class TestRefinement:
         assert maps.amin((2, 3))[0].tolist() == pytest.approx([0.25, 0, 1, 0, 0])
         assert present[0].tolist() == pytest.approx([0.25, 0, 1, 0, 0.5], abs=1e-5)
 
+    def test_mean_of_views_and_mirror_images(self, batch):
+        method, image = make("drs_refine", fusion="mean").eval(), batch["image"][:1]
+        nn.init.constant_(method.head[-1].bias, 0.5)
+        with torch.no_grad():
+            maps = (method.cams(image) + method.cams(image.flip(-1)).flip(-1)) / 2
+            fused = method.fused_cams([image], (4, 4)).maps
+        torch.testing.assert_close(fused, maps, rtol=1e-4, atol=1e-5)
+
     def test_rate_falls_after_nine_and_nineteen_of_thirty_epochs(self):
         ((optimizer, schedule),) = make("drs_refine").optimizers(total_steps=30)
         rates = []
@@ -199,6 +223,8 @@ class TestRefinement:
         assert rates == pytest.approx([1e-4] * 9 + [1e-5] * 10 + [1e-6] * 11)
 
     def test_bad_values_are_refused_and_weights_restore_the_maps(self, batch, tmp_path):
+        with pytest.raises(FastcamError, match="drs_refine: fusion is 'sum', expected one of max, mean"):
+            make("drs_refine", fusion="sum")
         with pytest.raises(FastcamError, match="drs_refine: head_layers is 3 and head_channels 0"):
             make("drs_refine", head_channels=0)
         method = make("drs_refine").eval()
