@@ -2,6 +2,7 @@
 
 from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
+from fastcam.data.groups import GroupSampler
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
 from fastcam.data.tags import load_tags, read_cls_labels, read_tag_csv, tags_from_mask, tags_from_xml
 from fastcam.data.transforms import (
@@ -20,6 +21,7 @@ __all__ = [
     "PROCEDURAL_CLASSES",
     "VOC_CLASSES",
     "FolderDataset",
+    "GroupSampler",
     "RandAugment",
     "VOCDataset",
     "denormalize",

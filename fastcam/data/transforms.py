@@ -25,18 +25,23 @@ IGNORE_INDEX = 255
 
 
 class RandomResizeLong(v2.Transform):
-    """Resizes so that the longer side becomes a random integer in `[low, high]`: image bicubic, mask nearest."""
+    """Resizes so that the longer side becomes a random integer in `[low, high]`: image bicubic, mask nearest.
 
-    def __init__(self, low: int, high: int) -> None:
+    With `square` the shorter side gets that length too, whatever the image's shape.
+    """
+
+    def __init__(self, low: int, high: int, square: bool = False) -> None:
         super().__init__()
         if not 1 <= low <= high:
             raise ValueError(f"RandomResizeLong: expected 1 <= low <= high, got {low}, {high}")
-        self.low, self.high = low, high
+        self.low, self.high, self.square = low, high, square
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draws the new size."""
         height, width = v2.query_size(flat_inputs)
         long = int(torch.randint(self.low, self.high + 1, ()))
+        if self.square:
+            return {"size": (long, long)}
         return {"size": _scaled(height, width, long / max(height, width))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -65,7 +70,7 @@ class RandomCrop:
     """Cuts a random `size x size` window; a smaller image is laid at a random place of it.
 
     Adds `"valid"`, bool `(size, size)`: where the crop shows the image. Around it the image is 0 (the mean colour, if
-    it is normalised) and the mask 255.
+    it is normalised), the mask 255 and the maps of classes, where there are some, 0.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,7 +79,7 @@ class RandomCrop:
         self.size = size
 
     def __call__(self, item: Item) -> Item:
-        """Crops `image`, `mask` and the new `valid` at one place."""
+        """Crops `image`, `mask`, `maps` and the new `valid` at one place."""
         height, width = item["image"].shape[-2:]
         rows, cols = self._place(height), self._place(width)
         item = dict(item)
@@ -82,6 +87,7 @@ class RandomCrop:
         for name, plane, fill in (
             ("image", item["image"], 0),
             ("mask", item.get("mask"), IGNORE_INDEX),
+            ("maps", item.get("maps"), 0),
             ("valid", valid, False),
         ):
             if plane is not None:
@@ -103,6 +109,7 @@ def train_transform(
     crop_size: int,
     *,
     resize_long: tuple[int, int] | None = (320, 640),
+    square: bool = False,
     flip: bool = True,
     color_jitter: tuple[float, float, float, float] | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -114,6 +121,7 @@ def train_transform(
     Args:
         crop_size: S.
         resize_long: range of the longer side; `None` keeps the image's size.
+        square: give both sides that length (DRS, Group-WSSS).
         flip: mirror every other image.
         color_jitter: brightness, contrast, saturation and hue as for `torchvision.transforms.v2.ColorJitter`.
         mean: subtracted from the image in [0, 1].
@@ -121,9 +129,10 @@ def train_transform(
 
     Returns:
         A transform whose items have `"image"` float32 `(3, S, S)`, `"valid"` bool `(S, S)` and, where there was one,
-        `"mask"` int64 `(S, S)`; the rest passes through.
+        `"mask"` int64 `(S, S)`; `"maps"`, a `tv_tensors.Mask` of floats `(K, H, W)`, becomes float `(K, S, S)`; the
+        rest passes through.
     """
-    resize = [] if resize_long is None else [RandomResizeLong(*resize_long)]
+    resize = [] if resize_long is None else [RandomResizeLong(*resize_long, square)]
     return v2.Compose(
         [*resize, *_augment(flip, color_jitter), _normalize(mean, std), RandomCrop(crop_size), _to_tensors]
     )
@@ -335,6 +344,8 @@ def _to_tensors(item: Item) -> Item:
     item["image"] = item["image"].as_subclass(Tensor)
     if "mask" in item:
         item["mask"] = item["mask"].as_subclass(Tensor).long()
+    if "maps" in item:
+        item["maps"] = item["maps"].as_subclass(Tensor)
     return item
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
+from fastcam.methods.drs import online_labels
 from fastcam.nn import create_backbone
 from fastcam.nn.optim import sgd_poly
 
@@ -45,6 +46,8 @@ class Config:
         dropout: before the last layer.
         label_smoothing: of the cross-entropy.
         class_weights: of the cross-entropy, background first; empty for none.
+        online_loss: factor of a second cross-entropy, with the network's own prediction among the image's tags
+            (DRS: 1).
         lr: of the backbone; falls as ``(1 - step / steps) ** poly_power``.
         head_lr_factor: the heads learn this much faster.
         grad_clip: largest norm of the gradient, or ``None``.
@@ -63,6 +66,7 @@ class Config:
     dropout: float = 0.1
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
+    online_loss: float = 0.0
     lr: float = 0.007
     head_lr_factor: float = 1.0
     momentum: float = 0.9
@@ -180,7 +184,8 @@ class DeepLab(nn.Module):
         """Cross-entropy over the pixels that have a label.
 
         Args:
-            batch: ``"image"`` ``(B, 3, S, S)``, and ``"mask"`` int64 ``(B, S, S)``: 0 to C, 255 where nothing is known.
+            batch: ``"image"`` ``(B, 3, S, S)``, and ``"mask"`` int64 ``(B, S, S)``: 0 to C, 255 where nothing is known;
+                ``"tags"`` ``(B, C)`` for ``online_loss``, which counts every pixel.
 
         Returns:
             ``"loss"``, and ``"accuracy"``: the fraction of labelled pixels that the network gets right. Both are 0
@@ -198,7 +203,12 @@ class DeepLab(nn.Module):
         )
         weight = self.class_weights[mask[known]].sum()
         right = (logits.detach().argmax(dim=1) == mask) & known
-        return {"loss": total / weight.clamp(min=1e-6), "accuracy": right.sum() / known.sum().clamp(min=1)}
+        loss = total / weight.clamp(min=1e-6)
+        if self.config.online_loss:
+            if "tags" not in batch:
+                raise FastcamError("deeplab: online_loss needs the images' tags; give data.tags")
+            loss = loss + self.config.online_loss * F.cross_entropy(logits, online_labels(logits, batch["tags"]))
+        return {"loss": loss, "accuracy": right.sum() / known.sum().clamp(min=1)}
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with a poly schedule; the heads learn ``head_lr_factor`` times faster."""

@@ -2,10 +2,12 @@
 
 from fastcam.nn.backbone import Backbone, create_backbone
 from fastcam.nn.bank import ImageBank
-from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize
+from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize, multi_scale_max
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
+from fastcam.nn.suppress import SuppressedReLU, suppress, suppress_activations
+from fastcam.nn.trunk import create_trunk, score_head
 
 __all__ = [
     "CRF_PRESETS",
@@ -17,11 +19,17 @@ __all__ = [
     "FusionPolicy",
     "ImageBank",
     "Refine",
+    "SuppressedReLU",
     "affinity_labels",
     "background_channel",
     "confident_labels",
     "create_backbone",
+    "create_trunk",
     "max_normalize",
+    "multi_scale_max",
     "pixel_correlation",
+    "score_head",
+    "suppress",
+    "suppress_activations",
     "two_threshold_labels",
 ]

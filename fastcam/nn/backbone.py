@@ -193,8 +193,10 @@ def _load(net: nn.Module, name: str, path: Path, unused: set[str]) -> None:
     from fastcam.io import load_weights
 
     state, saved = load_weights(path)
-    if "method" in saved:  # a trained method of ours: its backbone
-        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
+    if "method" in saved:  # a trained method of ours: its backbone, without what DRS has put into it
+        state = {
+            k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS) and not k.endswith(".controller")
+        }
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if "features.18.0.weight" in state:
         state = {_mobilenet_v2_key(k): v for k, v in state.items()}

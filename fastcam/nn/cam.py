@@ -36,6 +36,38 @@ def background_channel(maps: Tensor) -> Tensor:
     return 1 - maps.amax(dim=1, keepdim=True)
 
 
+def multi_scale_max(
+    cams: Callable[[Tensor, Tensor | None], Tensor],
+    views: Sequence[Tensor],
+    size: tuple[int, int],
+    tags: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    mirror: bool = False,
+    normalize: Normalize | None = "max",
+) -> Tensor:
+    """Maps of several views of an image, each normalised by itself, the largest value kept at every pixel (DRS).
+
+    A view never lowers a map, unlike in :class:`CamFusion`, which normalises once, behind the fusion.
+
+    Args:
+        cams: ``(images (B, 3, h, w), tags) -> (B, C, h', w')``, the maps of one view.
+        views: the images at one scale each.
+        size: ``(H, W)`` of the result; maps are resized with their corners aligned.
+        tags: ``(B, C)``; absent classes give 0. ``None``: every class counts as present.
+        keys: int64 ``(n,)``: only the maps of these classes are fused and returned. ``None``: all.
+        mirror: take each view's mirror image too, normalised with it.
+        normalize: as in :func:`fastcam.cam_fuse`.
+
+    Returns:
+        ``(B, C, H, W)``, or ``(B, n, H, W)``.
+    """
+    if not views:
+        raise ValueError("multi_scale_max: expected at least one view, got none")
+    fusion = CamFusion("irn", mirror=mirror, multiple=1, reduce="max", normalize=normalize, align_corners=True)
+    return torch.stack([fusion(cams, [view], size, tags, keys).maps for view in views]).amax(dim=0)
+
+
 @dataclass(frozen=True)
 class FusionPolicy:
     """How a system makes one map a class from several views of an image.

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcam.data import multi_scale, train_transform
+from fastcam.data import multi_scale
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, Instances, load_cams, open_pass, save_cams, save_instances, write_label_png
 from fastcam.methods import create_method
-from fastcam.pipelines._data import Data, Images, file_fingerprint, input_record, load_image, load_trained, open_data
+from fastcam.pipelines._data import (
+    Data,
+    Images,
+    file_fingerprint,
+    input_record,
+    load_image,
+    load_trained,
+    open_data,
+    training_transform,
+)
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
 from fastcam.pipelines.label import to_labels, two_threshold_label
@@ -110,7 +119,7 @@ def train_network(
     own_background(load_cams(cams / f"{images.ids[0]}.npz"), images.ids[0], background, power)
     write_seeds(images, cams, out / "labels", labels, seeds, crf, workers)
     mean, std = network.normalize
-    transform = train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)
+    transform = training_transform(trainer, network.normalize)
 
     def calibrate(trained: Any) -> None:
         target = pick_device(device)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastcam.data import VOC_CLASSES, FolderDataset, VOCDataset, load_class_list
+from fastcam.data import VOC_CLASSES, FolderDataset, VOCDataset, load_class_list, train_transform
 from fastcam.errors import FastcamError
 from fastcam.io import load_weights, read_pass
 from fastcam.methods import load_method
+from fastcam.pipelines._settings import TrainerConfig
 
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -133,6 +134,19 @@ def open_data(
     folder = data.masks if masks or tags == "mask" else None
     splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
     return Images([VOCDataset(root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)
+
+
+def training_transform(trainer: TrainerConfig, normalize: tuple[Sequence[float], Sequence[float]]) -> Transform:
+    """The transform of training items: the trainer's augmentation, and the mean and standard deviation of a network."""
+    return train_transform(
+        trainer.crop,
+        resize_long=trainer.resize_long,
+        square=trainer.square,
+        flip=trainer.flip,
+        color_jitter=trainer.color_jitter,
+        mean=normalize[0],
+        std=normalize[1],
+    )
 
 
 def load_image(dataset: Images, image_id: str, size: Sequence[int]) -> Tensor:

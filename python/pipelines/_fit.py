@@ -28,13 +28,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from fastcam.data import GroupSampler
 from fastcam.errors import FastcamError
 from fastcam.io import atomic_write, open_pass, save_weights
 from fastcam.pipelines._parallel import add_time, withdraw
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig
 
 CHECKPOINT, METRICS = "last.ckpt", "metrics.csv"
-_INIT, _ORDER, _ITEM, _STEP = range(4)  # what a random state is for; no two may draw the same numbers
+_INIT, _ORDER, _ITEM, _STEP, _GROUP = range(5)  # what a random state is for; no two may draw the same numbers
 
 
 def _seed_all(seed: int) -> None:
@@ -47,7 +48,8 @@ def _seed_all(seed: int) -> None:
 class Batches(Sampler[list[tuple[int, int]]]):
     """The batches of all epochs as lists of (epoch, index), from a step on, for one of several processes.
 
-    Every epoch is a new permutation; the images left over at its end sit it out.
+    Every epoch is a new permutation; the images left over at its end sit it out. With groups, only the first of every
+    `groups.size` images of a batch comes from it, and brings its partners in the place of the others.
 
     Args:
         images: number of images.
@@ -57,10 +59,19 @@ class Batches(Sampler[list[tuple[int, int]]]):
         start: first step.
         rank: the process that asks.
         world: number of processes.
+        groups: partners of an image; `batch_size / world` is a multiple of its size.
     """
 
     def __init__(
-        self, images: int, batch_size: int, epochs: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        images: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        groups: GroupSampler | None = None,
     ) -> None:
         self.images = images
         self.batch_size = batch_size
@@ -68,6 +79,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         self.start = start
         self.rank = rank
         self.world = world
+        self.groups = groups
         self.per_epoch = images // batch_size
         self.total = self.per_epoch * epochs
 
@@ -82,7 +94,12 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, epoch))
                 order = torch.randperm(self.images, generator=generator).tolist()
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in chosen[self.rank :: self.world]]
+            if self.groups is not None:
+                generator = torch.Generator().manual_seed(_mix(self.seed, _GROUP, epoch, batch))
+                firsts = chosen[:: self.groups.size]
+                chosen = [index for first in firsts for index in self.groups(first, generator)]
+            share = self.batch_size // self.world
+            yield [(epoch, index) for index in chosen[self.rank * share : (self.rank + 1) * share]]
 
 
 class Seeded(Dataset[Any]):
@@ -283,6 +300,7 @@ def fit(
     out: Path,
     record: Mapping[str, Any],
     finish: Callable[[Any], None] | None = None,
+    groups: GroupSampler | None = None,
 ) -> Path:
     """Trains a method, or continues to, and writes its weights.
 
@@ -294,6 +312,7 @@ def fit(
         out: folder of the run.
         record: all that the weights depend on, for `fastcam.io.open_pass`.
         finish: called with the trained method before its weights are written, in one process.
+        groups: partners of an image, for methods that learn from groups of images.
 
     Returns:
         The weights' path.
@@ -313,7 +332,12 @@ def fit(
         raise FastcamError(
             f"trainer.batch_size is {config.batch_size}, expected a multiple of trainer.devices, {config.devices}"
         )
-    batches = Batches(images, config.batch_size, config.epochs, config.seed)
+    if groups is not None and config.batch_size // config.devices % groups.size:
+        raise FastcamError(
+            f"trainer.batch_size is {config.batch_size}, expected a multiple of {groups.size} images a group for each "
+            f"of {config.devices} devices"
+        )
+    batches = Batches(images, config.batch_size, config.epochs, config.seed, groups=groups)
     module = StepModule(method, config, batches.total)
     if not module.automatic_optimization and config.precision == "16-mixed":
         raise FastcamError(
@@ -328,7 +352,7 @@ def fit(
         if (out / CHECKPOINT).is_file():
             module.restore(_load_checkpoint(out / CHECKPOINT), trainer)
         if module.step < module.total:
-            module.train_dataloader = lambda: _loader(dataset, module, trainer)  # type: ignore[method-assign]
+            module.train_dataloader = lambda: _loader(dataset, module, trainer, groups)  # type: ignore[method-assign]
             _run(trainer, module, out)
     if trainer.is_global_zero:
         if finish is not None:
@@ -365,12 +389,14 @@ def _trainer(module: StepModule, config: TrainerConfig, journal: Journal, out: P
         ) from None
 
 
-def _loader(dataset: Dataset[Any], module: StepModule, trainer: Trainer) -> DataLoader[Any]:
+def _loader(
+    dataset: Dataset[Any], module: StepModule, trainer: Trainer, groups: GroupSampler | None
+) -> DataLoader[Any]:
     config, rank, world = module.settings, trainer.global_rank, trainer.world_size
     images = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
         Seeded(dataset, config.seed),
-        batch_sampler=Batches(images, config.batch_size, config.epochs, config.seed, module.step, rank, world),
+        batch_sampler=Batches(images, config.batch_size, config.epochs, config.seed, module.step, rank, world, groups),
         num_workers=config.workers,
         pin_memory=module.device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from the random state of the steps

@@ -18,7 +18,9 @@ class TrainerConfig:
         batch_size: images a step, over all devices together.
         crop: side of the square training crops, in pixels.
         resize_long: smallest and largest length that the longer side of an image is brought to before cropping.
+        square: bring the shorter side to that length too, whatever the image's shape.
         flip: mirror half of the images.
+        color_jitter: largest random changes of brightness, contrast, saturation and hue; null for none.
         precision: 32, bf16-mixed or 16-mixed.
         accelerator: auto, cpu or gpu.
         devices: number of devices, each with a process of its own; their gradients are averaged (DDP).
@@ -33,7 +35,9 @@ class TrainerConfig:
     batch_size: int = 16
     crop: int = 512
     resize_long: tuple[int, int] = (320, 640)
+    square: bool = False
     flip: bool = True
+    color_jitter: tuple[float, float, float, float] | None = None
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1

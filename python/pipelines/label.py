@@ -1,16 +1,26 @@
-"""The label pass: CAMs to palette PNGs, by one threshold or by two with ignored pixels between them."""
+"""The label pass: CAMs to palette PNGs, by one threshold, by two with ignored pixels between them, or by saliency."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastcam.errors import FastcamError
-from fastcam.io import CamSet, finished_ids, load_cams, open_pass, write_label_png
+from fastcam.io import (
+    CamSet,
+    find_saliency,
+    finished_ids,
+    load_cams,
+    open_pass,
+    read_saliency,
+    write_label_png,
+)
 from fastcam.pipelines._data import Data, folder_classes, input_record, load_image, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines.refine import Crf, crf_scores, own_background
@@ -46,6 +56,25 @@ class Rule:
             raise FastcamError(f"high is {self.high}, expected at least low, which is {self.low}")
         if self.threshold is not None and self.power is not None:
             raise FastcamError("threshold and power exclude each other; give one rule")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saliency:
+    """Saliency maps in the place of a background score: what is not salient is background.
+
+    Args:
+        folder: of grey images, one for every image, of its name and size.
+        rule: of drs or of group_wsss, with their papers' constants.
+    """
+
+    folder: Path
+    rule: Literal["drs", "group_wsss"] = "drs"
+
+
+SALIENCY_RULES = {
+    "drs": ("fastcam.methods.drs", "pseudo_label"),
+    "group_wsss": ("fastcam.methods.group_wsss", "proxy_label"),
+}
 
 
 def to_labels(winner: Tensor, keys: Tensor) -> Tensor:
@@ -93,6 +122,30 @@ def label_image(cams: CamSet, image_id: str, rule: Rule, crf: Crf | None = None,
     return decide(own_background(cams, image_id, rule.threshold, rule.power))
 
 
+def saliency_label(cams: CamSet, image_id: str, saliency: Saliency) -> Tensor:
+    """Labels of one image by its CAMs and its saliency map.
+
+    Args:
+        cams: its CAMs.
+        image_id: names the map.
+        saliency: where the maps are, and the rule.
+
+    Returns:
+        uint8 `(H, W)`.
+
+    Raises:
+        FastcamError: there is no map, or it is of another size.
+    """
+    path = find_saliency(saliency.folder, image_id)
+    plane = read_saliency(path)
+    if tuple(plane.shape) != tuple(cams.size):
+        came, size = (f"{w} x {h}" for h, w in (plane.shape, cams.size))
+        raise FastcamError(f"saliency map {path} is {came} pixels, but its image is {size}; make them the same size")
+    module, name = SALIENCY_RULES[saliency.rule]
+    label = getattr(importlib.import_module(module), name)(cams.scores(0.0)[1:], plane)
+    return torch.where(label == IGNORE, label, to_labels(label.long().clamp(max=len(cams.keys)), cams.keys))
+
+
 def label(
     cams: Path,
     out: Path,
@@ -102,13 +155,15 @@ def label(
     low: float | None = None,
     min_score: float | None = None,
     crf: Crf | None = None,
+    saliency: Saliency | None = None,
     data: Data | None = None,
     workers: int = 2,
 ) -> PassResult:
     """Turns CAMs into label PNGs: 0 background, class k + 1, 255 ignored.
 
-    One rule decides: a threshold, a power, high and low together, or none of them where the CAMs have a background of
-    their own (SFC's CAMs, the CRF's marginals). All CAMs of the folder are labelled, or those of a data set's list.
+    One rule decides: a threshold, a power, high and low together, saliency maps, or none of them where the CAMs have a
+    background of their own (SFC's CAMs, the CRF's marginals). All CAMs of the
+    folder are labelled, or those of a data set's list.
 
     Args:
         cams: folder of CamSets that make-cam or refine wrote.
@@ -120,6 +175,7 @@ def label(
         min_score: pixels whose best score is lower become 255 (CLIP-ES: 0.95 on the CRF's marginals).
         crf: refine every decision by a CRF before labels are taken; needs the data set's images. IRN's rule is high
             0.30, low 0.05, crf.preset irn.
+        saliency: saliency maps, which tell background from object by the rule of drs or group_wsss; excludes the rest.
         data: the data set whose images are labelled.
         workers: images that are worked on at the same time.
     """
@@ -127,7 +183,11 @@ def label(
     rule.check()
     if crf is not None and data is None:
         raise FastcamError("crf needs the images; give data.root and data.split, or data.images")
-    record = {"pass": "label", "crf": crf and crf.resolved(), **dataclasses.asdict(rule)}
+    record: dict[str, Any] = {"pass": "label", "crf": crf and crf.resolved(), **dataclasses.asdict(rule)}
+    if saliency is not None:
+        if rule != Rule() or crf is not None:
+            raise FastcamError("saliency excludes threshold, power, high and low, min_score and crf; give one rule")
+        record["saliency"] = dataclasses.asdict(saliency)
     dataset = open_data(data, folder_classes(cams)) if data else None
     ids = dataset.ids if dataset else sorted(finished_ids(cams, ".npz"))
     open_pass(out, {**record, **input_record(cams, "make-cam or refine")})
@@ -135,7 +195,11 @@ def label(
     def one(image_id: str) -> None:
         camset = load_cams(cams / f"{image_id}.npz")
         image = load_image(dataset, image_id, camset.size) if dataset and crf else None
-        write_label_png(out / f"{image_id}.png", label_image(camset, image_id, rule, crf, image))
+        if saliency is None:
+            made = label_image(camset, image_id, rule, crf, image)
+        else:
+            made = saliency_label(camset, image_id, saliency)
+        write_label_png(out / f"{image_id}.png", made)
 
     def work(todo: Iterable[str]) -> Iterator[None]:
         return ordered_map(one, todo, workers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
-from fastcam.data import multi_scale, train_transform
+from fastcam.data import multi_scale
 from fastcam.errors import FastcamError
 from fastcam.io import open_pass, read_label_png, write_label_png
 from fastcam.methods import create_method
@@ -25,7 +25,8 @@ from fastcam.pipelines._data import (
     input_record,
     load_trained,
     open_data,
-)  # fmt: skip
+    training_transform,
+)
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
 from fastcam.pipelines.make_cam import pick_device
@@ -64,7 +65,8 @@ class Labelled(torch.utils.data.Dataset[dict[str, Any]]):
             raise FastcamError(
                 f"label {path} has value {int(beyond[0])}, expected 0 to {known} or 255; check data.classes"
             )
-        return self.transform({"image": item["image"], "mask": tv_tensors.Mask(label), "id": item["id"]})
+        item["mask"] = tv_tensors.Mask(label)
+        return self.transform(item)
 
 
 @torch.inference_mode()
@@ -108,8 +110,7 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
         network: Any = create_method(num_classes=len(images.classes), **method)
     if network.kind != "segmenter":
         raise FastcamError(f"method {network.name} is a {network.kind}, expected a segmenter such as deeplab")
-    mean, std = network.normalize
-    transform = train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)
+    transform = training_transform(trainer, network.normalize)
     return fit(network, Labelled(images, labels, transform), images.classes, trainer, out, record)
 
 

@@ -89,6 +89,17 @@ def test_resize_long_reaches_both_ends_of_its_range():
     assert longest == {30, 31, 32, 33}
 
 
+def test_square_gives_both_sides_one_length_and_maps_follow_the_image():
+    source = item(40, 60)
+    source["maps"] = tv_tensors.Mask(torch.arange(60.0).expand(2, 40, 60))
+    out = train_transform(32, resize_long=(30, 30), square=True, flip=False, color_jitter=(0.4, 0.4, 0.4, 0.1))(source)
+    rows, columns = out["valid"].any(1), out["valid"].any(0)
+    assert (int(rows.sum()), int(columns.sum())) == (30, 30)
+    assert out["maps"].dtype == torch.float32
+    assert out["maps"][0][rows][:, columns][0].tolist() == list(range(0, 60, 2))
+    assert out["maps"][:, ~out["valid"]].count_nonzero() == 0
+
+
 def test_images_without_mask_and_without_any_augmentation():
     source = item(48, 48)
     del source["mask"]
