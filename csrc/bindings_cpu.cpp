@@ -53,6 +53,7 @@ void bind_region_graph(pybind11::module_& m) {
              return std::make_unique<RegionGraph>(reinterpret_cast<const int32_t*>(labels), B, H, W, threads);
            }),
            pybind11::call_guard<pybind11::gil_scoped_release>())
+      .def_property_readonly("refused", &RegionGraph::refused)
       .def_property_readonly("edges", &RegionGraph::edges)
       .def_property_readonly("regions", &RegionGraph::regions)
       .def("copy_to", [](const RegionGraph& graph, uintptr_t edges, uintptr_t border, uintptr_t area,

@@ -58,11 +58,18 @@ class Pairs {
   size_t used_ = 0;
 };
 
+struct Range {
+  int32_t least, most;
+};
+
 FASTCAM_MULTIVERSION
-int32_t largest(const int32_t* labels, int64_t n) {
-  int32_t most = -1;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, labels[i]);
-  return most;
+Range range_of(const int32_t* labels, int64_t n) {
+  int32_t least = 0, most = -1;
+  for (int64_t i = 0; i < n; ++i) {
+    least = std::min(least, labels[i]);
+    most = std::max(most, labels[i]);
+  }
+  return {least, most};
 }
 
 // Columns where two rows differ, to `where`; how many.
@@ -119,7 +126,12 @@ RegionGraph::RegionGraph(const int32_t* labels, int64_t B, int64_t H, int64_t W,
 }
 
 void RegionGraph::build(const int32_t* labels, int64_t H, int64_t W, int threads, Image& image) {
-  const int64_t S = largest(labels, H * W) + int64_t(1);
+  const Range range = range_of(labels, H * W);
+  if (range.least < 0 || range.most > MOST) {
+    image.refused = range.least < 0 ? range.least : range.most;
+    return;
+  }
+  const int64_t S = range.most + int64_t(1);
   // As many tables of areas as threads can use, fewer where they would be larger than the image.
   const int64_t parts = std::min({(H + BAND - 1) / BAND, std::max<int64_t>(threads, 1), H * W / S + 1});
   std::vector<Band> bands(parts);
@@ -148,6 +160,12 @@ void RegionGraph::build(const int32_t* labels, int64_t H, int64_t W, int threads
     image.perimeter[key & 0xffffffff] += border;
   });
   std::sort(image.edges.begin(), image.edges.end(), [](const Edge& a, const Edge& b) { return a.key < b.key; });
+}
+
+int32_t RegionGraph::refused() const {
+  for (const Image& image : images_)
+    if (image.refused != 0) return image.refused;
+  return 0;
 }
 
 int64_t RegionGraph::edges() const {

@@ -8,8 +8,11 @@ namespace fastcam {
 
 class RegionGraph {
  public:
-  // labels (B, H, W), none negative.
+  static constexpr int32_t MOST = (1 << 24) - 1;  // largest label; tables have a row for every label up to the largest
+
+  // labels (B, H, W), from 0 to MOST.
   RegionGraph(const int32_t* labels, int64_t B, int64_t H, int64_t W, int threads);
+  int32_t refused() const;  // a label out of range, for which the graph is not built; 0 if there is none
   int64_t edges() const;    // of all images
   int64_t regions() const;  // of all images
   // edges (E, 2) with i < j in ascending order, borders (E), areas (S), perimeters (S), image behind image; numbers of
@@ -24,6 +27,7 @@ class RegionGraph {
   struct Image {
     std::vector<Edge> edges;
     std::vector<int64_t> area, perimeter;
+    int32_t refused = 0;
   };
   static void build(const int32_t* labels, int64_t H, int64_t W, int threads, Image& image);
 
