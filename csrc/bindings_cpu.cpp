@@ -101,4 +101,6 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "region_reduce_bwd", region_reduce_bwd);
   bind(m, "region_reduce_hist", region_reduce_hist);
   bind(m, "superpixel_slic_fwd", superpixel_slic_fwd);
+  bind(m, "window_reduce_fwd", window_reduce_fwd);
+  bind(m, "window_reduce_bwd", window_reduce_bwd);
 }

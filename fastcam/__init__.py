@@ -30,6 +30,7 @@ _LAZY = {  # public name -> module that defines it
     "region_merge": "fastcam.ops.region_merge",
     "region_reduce": "fastcam.ops.region_reduce",
     "superpixel_slic": "fastcam.ops.superpixel_slic",
+    "window_reduce": "fastcam.ops.window_reduce",
     "use_backend": "fastcam.backends",
     "BackendError": "fastcam.backends",
     "create_method": "fastcam.methods",

@@ -135,4 +135,11 @@ void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32
                          int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
                          double spread, int64_t iterations, bool connect, int threads);
 
+// x, out, grad (B, K, H, W); labels (B, H, W), negative where there is none; rings (reach + 1): the weight at each
+// chessboard distance; r (B, H, W): the reciprocal of the number of pixels (by_count) or of their weights.
+void window_reduce_fwd(const void* x, const int32_t* labels, const double* rings, void* out, void* r, bool f64,
+                       int64_t B, int64_t K, int64_t H, int64_t W, int64_t reach, bool by_count, int threads);
+void window_reduce_bwd(const void* grad, const int32_t* labels, const double* rings, const void* r, void* grad_x,
+                       bool f64, int64_t B, int64_t K, int64_t H, int64_t W, int64_t reach, int threads);
+
 }  // namespace fastcam
