@@ -50,7 +50,8 @@ def _window_reduce_kernel(
     if not BACKWARD:
         r = tl.where(centre >= 0, 1 / tl.where(centre >= 0, divisor, 1.0), 0.0)
         total *= r[None, :]
-        tl.store(r_ptr + n, r, mask=inside & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(r_ptr + n, r, mask=inside)
     mask = (k[:, None] < K) & inside[None, :]
     at = (b * K + k[:, None]) * H * W + n[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
