@@ -21,6 +21,7 @@ METHODS = {
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
     "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
+    "ocr": ("fastcam.methods.ocr", "OCR"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
 }

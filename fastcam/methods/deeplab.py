@@ -23,14 +23,15 @@ from torch.nn import functional as F
 from fastcam.errors import FastcamError
 from fastcam.methods.drs import online_labels
 from fastcam.nn import create_backbone
+from fastcam.nn.losses import LossConfig, check_loss, resize, segmentation_loss
 from fastcam.nn.optim import sgd_poly
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LossConfig):
     """The authors' values on VOC 2012, but for ``frozen_norm``, which they set only in a last stage of training.
+
+    The fields of :class:`fastcam.nn.LossConfig` choose the loss.
 
     Attributes:
         backbone: timm name.
@@ -44,8 +45,6 @@ class Config:
         low_level_stage: which of the backbone's four outputs the decoder reads.
         low_level_channels: channels kept of it; 0 for no decoder (DeepLabv3).
         dropout: before the last layer.
-        label_smoothing: of the cross-entropy.
-        class_weights: of the cross-entropy, background first; empty for none.
         online_loss: factor of a second cross-entropy, with the network's own prediction among the image's tags
             (DRS: 1).
         lr: of the backbone; falls as ``(1 - step / steps) ** poly_power``.
@@ -64,8 +63,6 @@ class Config:
     low_level_stage: int = 0
     low_level_channels: int = 48
     dropout: float = 0.1
-    label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] = ()
     online_loss: float = 0.0
     lr: float = 0.007
     head_lr_factor: float = 1.0
@@ -134,11 +131,7 @@ class DeepLab(nn.Module):
 
     def __init__(self, num_classes: int, config: Config = Config(), *, weights: str | Path | None = None) -> None:
         super().__init__()
-        if config.class_weights and len(config.class_weights) != num_classes + 1:
-            raise FastcamError(
-                f"deeplab: class_weights has {len(config.class_weights)} numbers, expected {num_classes + 1}: "
-                "the background's, then one a class"
-            )
+        check_loss("deeplab", config, num_classes + 1)
         if config.low_level_stage not in range(3):
             raise FastcamError(f"deeplab: low_level_stage is {config.low_level_stage}, expected 0, 1 or 2")
         self.num_classes = num_classes
@@ -181,34 +174,24 @@ class DeepLab(nn.Module):
         )
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cross-entropy over the pixels that have a label.
+        """The loss over the pixels that have a label.
 
         Args:
             batch: ``"image"`` ``(B, 3, S, S)``, and ``"mask"`` int64 ``(B, S, S)``: 0 to C, 255 where nothing is known;
                 ``"tags"`` ``(B, C)`` for ``online_loss``, which counts every pixel.
 
         Returns:
-            ``"loss"``, and ``"accuracy"``: the fraction of labelled pixels that the network gets right. Both are 0
-            where no pixel of the batch has a label.
+            As :func:`fastcam.nn.losses.segmentation_loss`: ``"loss"`` and ``"accuracy"``.
         """
-        logits, mask = self.logits(batch["image"]), batch["mask"]
-        known = mask != IGNORE
-        total = F.cross_entropy(
-            logits,
-            mask,
-            self.class_weights,
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=self.config.label_smoothing,
-        )
-        weight = self.class_weights[mask[known]].sum()
-        right = (logits.detach().argmax(dim=1) == mask) & known
-        loss = total / weight.clamp(min=1e-6)
+        scores, mask = self.coarse_logits(batch["image"]), batch["mask"]
+        scalars = segmentation_loss(scores, mask, self.config, self.class_weights, align_corners=False)
         if self.config.online_loss:
             if "tags" not in batch:
                 raise FastcamError("deeplab: online_loss needs the images' tags; give data.tags")
-            loss = loss + self.config.online_loss * F.cross_entropy(logits, online_labels(logits, batch["tags"]))
-        return {"loss": loss, "accuracy": right.sum() / known.sum().clamp(min=1)}
+            logits = resize(scores.float(), mask.shape[-2:], align_corners=False)
+            online = F.cross_entropy(logits, online_labels(logits, batch["tags"]))
+            scalars["loss"] = scalars["loss"] + self.config.online_loss * online
+        return scalars
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with a poly schedule; the heads learn ``head_lr_factor`` times faster."""

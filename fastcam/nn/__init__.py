@@ -5,6 +5,7 @@ from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize, multi_scale_max
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
+from fastcam.nn.losses import LossConfig, locally_adaptive_loss, ohem_cross_entropy, power_mean
 from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
 from fastcam.nn.suppress import SuppressedReLU, suppress, suppress_activations
 from fastcam.nn.trunk import create_trunk, score_head
@@ -18,6 +19,7 @@ __all__ = [
     "FusedCams",
     "FusionPolicy",
     "ImageBank",
+    "LossConfig",
     "Refine",
     "SuppressedReLU",
     "affinity_labels",
@@ -25,9 +27,12 @@ __all__ = [
     "confident_labels",
     "create_backbone",
     "create_trunk",
+    "locally_adaptive_loss",
     "max_normalize",
     "multi_scale_max",
+    "ohem_cross_entropy",
     "pixel_correlation",
+    "power_mean",
     "score_head",
     "suppress",
     "suppress_activations",

@@ -90,6 +90,7 @@ def create_backbone(
 
     Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are
     dilated to keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
+    HRNet gives its four branches, from stride 4 to 32, and wants images whose sides are multiples of 32.
 
     Args:
         name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``.
@@ -126,6 +127,8 @@ def create_backbone(
     last, stages = _limit_stride(net, indices, output_stride, dilate)
     head = head and last.shape[1] != stages[-1].shape[1]
     net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
+    if getattr(net, "incre_modules", None) is not None and not head:
+        net.incre_modules = None  # HRNet's branches as they are; these widen them for its classifier
     if weights is not None:
         _load(net, name, Path(weights), unused=full - set(net.state_dict()))
     try:

@@ -104,7 +104,7 @@ def test_loss_is_torchs_mean_cross_entropy_over_known_pixels(weights, smoothing)
 def test_ignored_pixels_do_not_reach_the_loss_but_through_the_features():
     method = tiny().eval()
     logits = torch.randn(1, C + 1, 4, 4, requires_grad=True)
-    method.logits = lambda images: logits
+    method.coarse_logits = lambda images: logits
     mask = torch.full((1, 4, 4), 255)
     mask[0, 0, 0] = 1
     method.training_step({"image": torch.zeros(1, 3, 4, 4), "mask": mask})["loss"].backward()
@@ -126,7 +126,7 @@ def test_accuracy_counts_known_pixels_by_hand():
     method = tiny()
     logits = torch.zeros(1, C + 1, 1, 4)
     logits[0, 2] = 1
-    method.logits = lambda images: logits
+    method.coarse_logits = lambda images: logits
     mask = torch.tensor([[[2, 2, 0, 255]]])
     accuracy = method.training_step({"image": torch.zeros(1, 3, 1, 4), "mask": mask})["accuracy"]
     assert accuracy == pytest.approx(2 / 3)
