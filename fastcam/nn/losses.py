@@ -232,7 +232,8 @@ def locally_adaptive_loss(
     if stride < 1:
         raise ValueError(f"locally_adaptive_loss: expected stride >= 1, got {stride}")
     pooled = window_reduce(logits, mask, window=window, sigma=sigma, normalize=normalize, ignore_index=ignore_index)
-    pooled, centres = pooled[:, :, ::stride, ::stride].float(), mask[:, ::stride, ::stride]
+    pooled = pooled[:, :, ::stride, ::stride].to(torch.promote_types(pooled.dtype, torch.float32))
+    centres = mask[:, ::stride, ::stride]
     known = centres != ignore_index
     losses = F.cross_entropy(pooled, centres, ignore_index=ignore_index, reduction="none")
     if class_weights is not None:
