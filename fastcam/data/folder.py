@@ -1,4 +1,4 @@
-"""A plain folder of images, with a CSV of tags."""
+"""A plain folder of images, with a CSV of tags and a folder of masks."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from fastcam.data.classes import load_class_list
 from fastcam.data.tags import image_id, load_tags
 from fastcam.errors import FastcamError
-from fastcam.io import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from fastcam.io import IMAGE_SUFFIXES, MAX_PIXELS, read_image, read_label_png
 
 
 class FolderDataset(Dataset[dict[str, Any]]):
@@ -23,6 +23,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
         images: the folder. Hidden files and files without an image suffix do not count.
         tags: `.csv` file (see `read_tag_csv`) with an entry for every image, or `.npy`; `None` for images without tags.
         classes: the C names.
+        masks: folder of palette PNGs with the images' ids; `None` for images without masks.
+        void: value of masks that means nothing is known, and becomes 255.
         transform: takes and returns an item, see `fastcam.data.transforms`.
         max_pixels: larger images are refused.
 
@@ -42,10 +44,14 @@ class FolderDataset(Dataset[dict[str, Any]]):
         tags: str | os.PathLike[str] | None = None,
         *,
         classes: Sequence[str],
+        masks: str | os.PathLike[str] | None = None,
+        void: int | None = None,
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.images = Path(images)
+        self.masks = None if masks is None else Path(masks)
+        self.void = void
         self.classes = load_class_list(classes)
         self.transform = transform
         self.max_pixels = max_pixels
@@ -62,11 +68,14 @@ class FolderDataset(Dataset[dict[str, Any]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One item: `"image"` uint8 `tv_tensors.Image (3, H, W)`; `"tags"` float32 `(C,)` where there are some; `"id"`
-        str."""
+        """One item: `"image"` uint8 `tv_tensors.Image (3, H, W)`; `"mask"` uint8 `tv_tensors.Mask (H, W)` and `"tags"`
+        float32 `(C,)` where there are some; `"id"` str."""
         name = self.ids[index]
         image = read_image(self.images / self._files[name], orient=True, max_pixels=self.max_pixels)
         item: dict[str, Any] = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous())}
+        if self.masks is not None:
+            path = self.masks / f"{name}.png"
+            item["mask"] = tv_tensors.Mask(read_mask(path, len(self.classes), image.shape[:2], self.void))
         if self.tags is not None:
             item["tags"] = self.tags[index]
         item["id"] = name
@@ -74,6 +83,35 @@ class FolderDataset(Dataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+
+def read_mask(path: Path, num_classes: int, size: Sequence[int], void: int | None = None) -> Tensor:
+    """Labels uint8 `(H, W)` of a PNG: 0 to `num_classes`, or 255.
+
+    Args:
+        path: as `read_label_png` takes it.
+        num_classes: the largest label.
+        size: `(H, W)` of the image it belongs to.
+        void: value that becomes 255.
+
+    Raises:
+        FastcamError: the file does not load, has another size, or another label.
+    """
+    label = read_label_png(path)
+    if label.shape != tuple(size):
+        raise FastcamError(
+            f"label {path} is {label.shape[1]} x {label.shape[0]} pixels, but its image is {size[1]} x {size[0]}; "
+            "make it again"
+        )
+    if void is not None:
+        label[label == void] = 255
+    beyond = label[(label > num_classes) & (label != 255)]
+    if len(beyond):
+        raise FastcamError(
+            f"label {path} has value {int(beyond[0])}, expected 0 to {num_classes} or 255; check data.classes, or name "
+            "it as data.void"
+        )
+    return label
 
 
 def _list_images(root: Path) -> dict[str, str]:

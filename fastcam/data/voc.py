@@ -32,6 +32,7 @@ class VOCDataset(Dataset[dict[str, Any]]):
         tags: `"mask"` (the classes in the mask), `"xml"` (`Annotations/`), or a `.csv` or `.npy` path, absolute or
             below `root`; `None` for items without tags.
         masks: folder of palette PNGs, absolute or below `root`; `None` for images without masks.
+        void: value of masks that means nothing is known, and becomes 255.
         transform: takes and returns an item, see `fastcam.data.transforms`.
         max_pixels: larger images are refused.
 
@@ -52,6 +53,7 @@ class VOCDataset(Dataset[dict[str, Any]]):
         classes: Sequence[str] = VOC_CLASSES,
         tags: str | os.PathLike[str] | None = "mask",
         masks: str | os.PathLike[str] | None = "SegmentationClass",
+        void: int | None = None,
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -60,6 +62,8 @@ class VOCDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.max_pixels = max_pixels
         self._lookup, self._other_classes = self._label_lookup()
+        if void is not None:
+            self._lookup[void] = 255
         self.ids = _read_split(self.root, split)
         self._images = _find(self.root / "JPEGImages", self.ids, IMAGE_SUFFIXES, "image")
         self._masks = None if masks is None else _find(self.root / masks, self.ids, (".png",), "mask")

@@ -35,7 +35,8 @@ class Data:
             of the pass before, else those of classes.txt in root, else voc.
         tags: image-level labels: mask (the classes in the mask), xml (Annotations/), or a .csv or .npy file, below root
             or absolute. By default mask for root, none for images.
-        masks: folder of the true masks, below root or absolute.
+        masks: folder of the true masks, below root or absolute; for images any folder, with the same names.
+        void: value of masks and labels that means nothing is known, as 255 does.
     """
 
     root: str | None = None
@@ -44,6 +45,7 @@ class Data:
     classes: str | list[str] | None = None
     tags: str | None = None
     masks: str = "SegmentationClass"
+    void: int | None = None
 
 
 class Images(Dataset[dict[str, Any]]):
@@ -109,11 +111,14 @@ def open_data(
         transform: of the items.
 
     Raises:
-        FastcamError: as the data sets of `fastcam.data`; or classes that disagree, or neither root nor images.
+        FastcamError: as the data sets of `fastcam.data`; or classes that disagree, or neither root nor images, or a
+            void that is no byte.
     """
     root = data.root
     if (root is None) == (data.images is None):
         raise FastcamError("expected either data.root (VOC's layout) or data.images (a plain folder); give one of them")
+    if data.void is not None and not 0 <= data.void <= 255:
+        raise FastcamError(f"data.void is {data.void}, expected 0 to 255")
     given = None if data.classes is None else load_class_list(data.classes)
     if given and classes and given != tuple(classes):
         raise FastcamError(
@@ -121,11 +126,13 @@ def open_data(
         )
     names = given or (tuple(classes) if classes else None)
     if data.images is not None:
-        if masks:
-            raise FastcamError(f"masks are needed, and the plain folder {data.images} has none; give data.root")
+        if masks and not Path(data.masks).is_dir():
+            raise FastcamError(f"masks are needed, and there is no folder {data.masks}; give data.masks or data.root")
         if data.tags is not None and names is None:
             raise FastcamError("data.classes is needed to read tags; give voc, names with commas between, or a file")
-        return Images([FolderDataset(data.images, data.tags, classes=names or VOC_CLASSES)], transform)
+        folder = data.masks if masks else None
+        part = FolderDataset(data.images, data.tags, classes=names or VOC_CLASSES, masks=folder, void=data.void)
+        return Images([part], transform)
     assert root is not None
     if names is None:
         own = Path(root, "classes.txt")
@@ -133,7 +140,8 @@ def open_data(
     tags = data.tags or ("mask" if need_tags else None)
     folder = data.masks if masks or tags == "mask" else None
     splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
-    return Images([VOCDataset(root, s, classes=names, tags=tags, masks=folder) for s in splits], transform)
+    parts = [VOCDataset(root, s, classes=names, tags=tags, masks=folder, void=data.void) for s in splits]
+    return Images(parts, transform)
 
 
 def training_transform(trainer: TrainerConfig, normalize: tuple[Sequence[float], Sequence[float]]) -> Transform:

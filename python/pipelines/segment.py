@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from fastcam.data import multi_scale
+from fastcam.data.folder import read_mask
 from fastcam.errors import FastcamError
-from fastcam.io import open_pass, read_label_png, write_label_png
+from fastcam.io import open_pass, write_label_png
 from fastcam.methods import create_method
 from fastcam.pipelines._data import (
     Data,
@@ -40,12 +42,14 @@ class Labelled(torch.utils.data.Dataset[dict[str, Any]]):
         images: the images; their own masks are not used.
         labels: folder of `<id>.png`.
         transform: of the items.
+        void: value of labels that means nothing is known, as 255 does.
     """
 
-    def __init__(self, images: Images, labels: Path, transform: Transform) -> None:
+    def __init__(self, images: Images, labels: Path, transform: Transform, void: int | None = None) -> None:
         self.images = images
         self.labels = labels
         self.transform = transform
+        self.void = void
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,42 +57,71 @@ class Labelled(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.images[index]
         path = self.labels / f"{item['id']}.png"
-        label = read_label_png(path)
-        if label.shape != item["image"].shape[1:]:
-            size = f"{item['image'].shape[2]} x {item['image'].shape[1]}"
-            raise FastcamError(
-                f"label {path} is {label.shape[1]} x {label.shape[0]} pixels, but its image is {size}; make it again"
-            )
-        known = len(self.images.classes)
-        beyond = label[(label > known) & (label != 255)]
-        if len(beyond):
-            raise FastcamError(
-                f"label {path} has value {int(beyond[0])}, expected 0 to {known} or 255; check data.classes"
-            )
-        item["mask"] = tv_tensors.Mask(label)
+        item["mask"] = tv_tensors.Mask(read_mask(path, len(self.images.classes), item["image"].shape[1:], self.void))
         return self.transform(item)
 
 
+Fuse = Literal["prob", "logits", "exp_logits"]
+
+
+def window_logits(network: Any, images: Tensor, window: int) -> Tensor:
+    """Logits `(B, K, H, W)` of windows that overlap by at least a third, averaged; the last ones end with the image.
+
+    Args:
+        network: a segmenter.
+        images: `(B, 3, H, W)`.
+        window: side of the windows; images no larger are taken whole.
+    """
+    sides = images.shape[-2:]
+    step = max(1, 2 * window // 3)
+    starts = [
+        sorted({min(start, max(side - window, 0)) for start in range(0, max(side - window, 0) + step, step)})
+        for side in sides
+    ]
+    total, count = images.new_zeros(()), images.new_zeros(sides)
+    for y, x in itertools.product(*starts):
+        here = ..., slice(y, y + window), slice(x, x + window)
+        logits = network.logits(images[here]).float()
+        if total.ndim == 0:
+            total = logits.new_zeros((*logits.shape[:2], *sides))
+        total[here] += logits
+        count[here] += 1
+    return total / count
+
+
 @torch.inference_mode()
-def image_probabilities(network: Any, views: list[Tensor], size: Sequence[int], flip: bool) -> Tensor:
-    """Probabilities of the labels `(C + 1, H, W)`: the mean over the views and their mirror images, on the CPU.
+def image_probabilities(
+    network: Any, views: list[Tensor], size: Sequence[int], flip: bool, fuse: Fuse = "prob", window: int = 0
+) -> Tensor:
+    """Probabilities of the labels `(C + 1, H, W)` from the views and their mirror images, on the CPU.
 
     Args:
         network: a trained segmenter, on its device.
         views: the image at several scales, normalised, `(3, h_s, w_s)` each.
         size: `(H, W)` of the image.
         flip: use mirror images too.
+        fuse: what of the views is averaged: probabilities; logits; or the exponentials of logits, after those of a view
+            and its mirror image were averaged (HRNet-OCR), which lets the sure views decide.
+        window: side of the windows that views are cut into, or 0.
     """
     device = next(network.parameters()).device
     total: Tensor | None = None
     for view in views:
         batch = view[None].to(device, non_blocking=True)
-        logits = network.logits(torch.cat([batch, batch.flip(-1)]) if flip else batch).float()
-        p = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False).softmax(1)
-        p = p[0] + p[1].flip(-1) if flip else p[0]
-        total = p if total is None else total + p
+        batch = torch.cat([batch, batch.flip(-1)]) if flip else batch
+        logits = window_logits(network, batch, window) if window else network.logits(batch).float()
+        logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        both = logits.softmax(1) if fuse == "prob" else logits
+        term = torch.stack([both[0], both[1].flip(-1)]).mean(0) if flip else both[0]
+        if total is None:
+            total = term
+        else:  # sums of exponentials as logarithms, which cannot overflow
+            total = torch.logaddexp(total, term) if fuse == "exp_logits" else total + term
     assert total is not None
-    return (total / (len(views) * (2 if flip else 1))).cpu()
+    if fuse == "exp_logits":
+        return total.softmax(0).cpu()
+    mean = total / len(views)
+    return (mean if fuse == "prob" else mean.softmax(0)).cpu()
 
 
 def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: TrainerConfig, out: Path) -> Path:
@@ -111,7 +144,8 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
     if network.kind != "segmenter":
         raise FastcamError(f"method {network.name} is a {network.kind}, expected a segmenter such as deeplab")
     transform = training_transform(trainer, network.normalize)
-    return fit(network, Labelled(images, labels, transform), images.classes, trainer, out, record)
+    dataset = Labelled(images, labels, transform, data.void)
+    return fit(network, dataset, images.classes, trainer, out, record)
 
 
 def predict_masks(
@@ -120,6 +154,8 @@ def predict_masks(
     out: Path,
     scales: tuple[float, ...],
     flip: bool,
+    fuse: Fuse,
+    window: int,
     known_tags: bool,
     crf: Crf | None,
     device: str,
@@ -128,8 +164,10 @@ def predict_masks(
     """Writes the masks of a trained segmenter; see `segment`."""
     if not scales or min(scales) <= 0:
         raise FastcamError(f"scales are {scales}, expected positive numbers")
+    if window < 0:
+        raise FastcamError(f"window is {window}, expected pixels, or 0 for whole images")
     record = {"pass": "predict", "weights": file_fingerprint(weights), "scales": scales, "flip": flip}
-    record["known_tags"] = known_tags
+    record |= {"fuse": fuse, "window": window, "known_tags": known_tags}
     record["crf"] = crf and crf.resolved()
     network, classes = load_trained(weights, "segmenter")
     dataset = open_data(data, classes, need_tags=known_tags)
@@ -147,7 +185,8 @@ def predict_masks(
 
     def compute(job: tuple[str, Tensor, list[Tensor], Tensor]) -> tuple[str, Tensor, Tensor]:
         image_id, image, views, allowed = job
-        return image_id, image, image_probabilities(network, views, image.shape[1:], flip) * allowed[:, None, None]
+        p = image_probabilities(network, views, image.shape[1:], flip, fuse, window)
+        return image_id, image, p * allowed[:, None, None]
 
     def write(done: tuple[str, Tensor, Tensor]) -> None:
         image_id, image, p = done
@@ -169,6 +208,8 @@ def segment(
     predict: Path | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = True,
+    fuse: Fuse = "prob",
+    window: int = 0,
     known_tags: bool = False,
     crf: Crf | None = None,
     device: str = "auto",
@@ -183,11 +224,13 @@ def segment(
         data: the images.
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
-        method: name (deeplab), and where wanted backbone, weights and any field of the method's configuration.
+        method: name (deeplab or ocr), and where wanted backbone, weights and any field of the method's configuration.
         trainer: epochs, batches, precision, devices of a training.
         predict: weights.safetensors of a trained network; predicts instead of training.
-        scales: factors of the image's size whose probabilities are averaged, for predict.
+        scales: factors of the image's size whose results are averaged, for predict.
         flip: average over mirror images too, for predict.
+        fuse: average prob (probabilities), logits, or exp_logits (exponentials of logits), for predict.
+        window: side of windows that larger images are cut into, a third overlapping; 0 for whole images, for predict.
         known_tags: keep masks to the classes among the image's tags, as CAMs are, for predict.
         crf: CRF on the probabilities, for predict; crf.preset deeplab is usual.
         device: auto, cpu or cuda, for predict.
@@ -196,7 +239,7 @@ def segment(
     if (labels is None) == (predict is None):
         raise FastcamError("expected either labels (to train) or predict (weights, to write masks); give one of them")
     if predict is not None:
-        return predict_masks(data, predict, out, scales, flip, known_tags, crf, device, workers)
+        return predict_masks(data, predict, out, scales, flip, fuse, window, known_tags, crf, device, workers)
     if method is None or "name" not in method:
         raise FastcamError("method.name is missing; give the name of a segmenter, such as deeplab")
     assert labels is not None

@@ -89,7 +89,7 @@ class TestHelp:
 
 def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
-    return {"deeplab": "segmenter", "irn": "refiner", "psa": "refiner"}.get(config.split("_")[0], "cam")
+    return {"deeplab": "segmenter", "irn": "refiner", "ocr": "segmenter", "psa": "refiner"}.get(config.split("_")[0], "cam")
 
 
 class TestSettings:
