@@ -209,6 +209,7 @@ class ObjectAttention(nn.Module):
             relation = self.relation(pooled, regions)
         values = self.f_down(regions.mT[..., None])[..., 0]
         conv, norm = self.f_up
+        assert isinstance(conv, nn.Conv2d)
         context = region_read(relation.to(values.dtype), values, conv.weight[:, :, 0, 0].to(values.dtype), conv.bias)
         context = norm(context.unflatten(2, pooled.shape[-2:]))
         return resize(context, features.shape[-2:], align_corners=True)

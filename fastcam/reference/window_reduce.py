@@ -33,10 +33,9 @@ def _gather(x: Tensor, labels: Tensor, rings: Sequence[float]) -> Tensor:
     reach = len(rings) - 1
     for dy in range(-min(reach, H - 1), min(reach, H - 1) + 1):
         for dx in range(-min(reach, W - 1), min(reach, W - 1) + 1):
-            here = slice(max(0, -dy), H - max(0, dy)), slice(max(0, -dx), W - max(0, dx))
-            there = slice(max(0, dy), H - max(0, -dy)), slice(max(0, dx), W - max(0, -dx))
-            centre = labels[(..., *here)]
-            same = (centre == labels[(..., *there)]) & (centre >= 0)
+            here = ..., slice(max(0, -dy), H - max(0, dy)), slice(max(0, -dx), W - max(0, dx))
+            there = ..., slice(max(0, dy), H - max(0, -dy)), slice(max(0, dx), W - max(0, -dx))
+            same = (labels[here] == labels[there]) & (labels[here] >= 0)
             # A choice, not a product with 0: what is not a number must not leave its label.
-            out[(..., *here)] += torch.where(same[:, None], x[(..., *there)], 0) * rings[max(abs(dy), abs(dx))]
+            out[here] += torch.where(same[:, None], x[there], 0) * rings[max(abs(dy), abs(dx))]
     return out

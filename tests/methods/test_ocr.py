@@ -246,9 +246,7 @@ def test_loss_is_the_cross_entropy_of_both_outputs():
     data["mask"][:, :10] = 255
     scalars = method.training_step(data)
     coarse, final = [
-        F.cross_entropy(
-            F.interpolate(s, (64, 64), mode="bilinear", align_corners=True), data["mask"], ignore_index=255
-        )
+        F.cross_entropy(F.interpolate(s, (64, 64), mode="bilinear", align_corners=True), data["mask"], ignore_index=255)
         for s in method.scores(data["image"])
     ]
     torch.testing.assert_close(scalars["loss"], final + 0.4 * coarse)

@@ -191,7 +191,8 @@ def test_labels_are_taken_where_scores_lie():
     cells = torch.arange(16)[None, None].expand(1, 16, 16)
     assert resize_labels(cells, (4, 4), False)[0, 0].tolist() == [2, 6, 10, 14]
     torch.testing.assert_close(
-        resize_labels(cells, (5, 7), False)[0], F.interpolate(cells[None].float(), (5, 7), mode="nearest-exact")[0, 0].long()
+        resize_labels(cells, (5, 7), False)[0],
+        F.interpolate(cells[None].float(), (5, 7), mode="nearest-exact")[0, 0].long(),
     )
     assert resize_labels(cells, (1, 16), True)[0, 0].tolist() == list(range(16))
 

@@ -89,7 +89,8 @@ class TestHelp:
 
 def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
-    return {"deeplab": "segmenter", "irn": "refiner", "ocr": "segmenter", "psa": "refiner"}.get(config.split("_")[0], "cam")
+    kinds = {"deeplab": "segmenter", "irn": "refiner", "ocr": "segmenter", "psa": "refiner"}
+    return kinds.get(config.split("_")[0], "cam")
 
 
 class TestSettings:

@@ -126,11 +126,11 @@ def test_mistakes_are_named(camvid, tmp_path):
     options = {"labels": labels, "method": OCR, "trainer": dataclasses.replace(TRAINER, epochs=1)}
     with pytest.raises(FastcamError, match=r"has value 3, expected 0 to 2 or 255; check data.classes, or name it as"):
         segment(Data(images=images, classes=classes), tmp_path / "a", **options)
-    with pytest.raises(FastcamError, match="data.void is 256, expected 0 to 255"):
+    with pytest.raises(FastcamError, match=r"data.void is 256, expected 0 to 255"):
         segment(Data(images=images, classes=classes, void=256), tmp_path / "b", **options)
-    with pytest.raises(FastcamError, match="there is no folder SegmentationClass; give data.masks or data.root"):
+    with pytest.raises(FastcamError, match=r"there is no folder SegmentationClass; give data.masks or data.root"):
         evaluate(Data(images=images, classes=classes), labels)
-    with pytest.raises(FastcamError, match="weights .* do not exist"):
+    with pytest.raises(FastcamError, match=r"weights .* do not exist"):
         segment(Data(images=images), tmp_path / "c", predict=tmp_path / "none")
     with pytest.raises(FastcamError, match="window is -1, expected pixels, or 0 for whole images"):
         segment(Data(images=images), tmp_path / "c", predict=tmp_path / "none", window=-1)
