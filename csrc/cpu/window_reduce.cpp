@@ -13,7 +13,7 @@
 namespace fastcam {
 namespace {
 
-constexpr int64_t BLOCK = 32;  // pixels of a row that are summed together
+constexpr int64_t BLOCK = 16;  // pixels of a row that are summed together
 constexpr int64_t ROWS = 8;    // rows of a task: with those around them they stay in the first-level cache
 constexpr int64_t OUTSIDE = -2, NOBODYS = -3;
 
@@ -70,29 +70,35 @@ FASTCAM_INLINE void divide(const Label<T>* labels, const T* rings, int64_t reach
   for (int64_t i = 0; i < BLOCK; ++i) r[i] = sum[i] > 0 ? 1 / sum[i] : T(0);
 }
 
-// The sums of a block that has several labels, or none.
-template <typename T>
-FASTCAM_INLINE void sum_chosen(const T* x, const Label<T>* labels, const T* rings, int64_t reach, int64_t stride,
-                               T* out) {
+// The sums of a block of G planes, `size` apart, that has several labels, or none. to: the places in a window, ring by
+// ring; each ring is summed by itself, so that most of the work are additions under a mask.
+template <typename T, int G>
+FASTCAM_INLINE void sum_chosen(const T* x, int64_t size, const Label<T>* labels, const T* rings, const int64_t* to,
+                               int64_t reach, T* out) {
   using V = typename Vector<T>::type;
   using I = typename Vector<Label<T>>::type;
   constexpr int L = Vector<T>::size, R = BLOCK / L;
   I centre[R];
-  V sum[R] = {};
+  V sum[G][R] = {};
   for (int r = 0; r < R; ++r) {
     const I label = lanes<Label<T>, L>(labels + r * L);
     centre[r] = label < 0 ? I{} + Label<T>(NOBODYS) : label;
   }
-  for (int64_t dy = -reach; dy <= reach; ++dy)
-    for (int64_t dx = -reach; dx <= reach; ++dx) {
-      const T weight = rings[std::max(std::abs(dy), std::abs(dx))];
-      const int64_t to = dy * stride + dx;
+  for (int64_t d = 0; d <= reach; ++d) {
+    V ring[G][R] = {};
+    for (int64_t i = 0; i < (d == 0 ? 1 : 8 * d); ++i, ++to)
       for (int r = 0; r < R; ++r) {
-        const V there = lanes<T, L>(x + to + r * L);
-        sum[r] += (lanes<Label<T>, L>(labels + to + r * L) == centre[r] ? there : V{}) * weight;
+        const auto same = lanes<Label<T>, L>(labels + *to + r * L) == centre[r];
+        for (int g = 0; g < G; ++g) {
+          const V there = lanes<T, L>(x + g * size + *to + r * L);
+          ring[g][r] = same ? ring[g][r] + there : ring[g][r];
+        }
       }
-    }
-  for (int r = 0; r < R; ++r) lanes<T, L>(out + r * L) = sum[r];
+    for (int g = 0; g < G; ++g)
+      for (int r = 0; r < R; ++r) sum[g][r] += rings[d] * ring[g][r];
+  }
+  for (int g = 0; g < G; ++g)
+    for (int r = 0; r < R; ++r) lanes<T, L>(out + g * BLOCK + r * L) = sum[g][r];
 }
 
 // columns (reach + 1, stride): of the row at x, the sums over the rows up to each distance above and below.
@@ -124,47 +130,86 @@ FASTCAM_INLINE void sum_boxes(const T* columns, const T* steps, int64_t reach, i
   for (int r = 0; r < R; ++r) lanes<T, L>(out + r * L) = sum[r];
 }
 
-// A band of all K planes of x. Forward, `r` is written and multiplies the sums; backward, it multiplies what is summed.
+// What all planes of a band share.
+template <typename T>
+struct Windows {
+  std::vector<Label<T>> labels;
+  std::vector<char> plain, any_plain;  // of every block, and every row: whether a sum of boxes will do
+  std::vector<int64_t> to;             // places in a window, ring by ring
+  std::vector<T> steps;                // from ring to ring
+};
+
+// G planes of a band. Forward, r multiplies the sums; backward, it multiplies what is summed.
+template <typename T, int G>
+FASTCAM_INLINE void reduce_planes(const T* x, const Windows<T>& windows, const T* rings, const T* r, T* out,
+                                  const Band& band, bool backward, T* padded, T* columns) {
+  const int64_t reach = band.reach, stride = band.stride(), blocks = band.blocks(), size = band.size();
+  for (int g = 0; g < G; ++g) {
+    const T* plane = x + g * band.H * band.W;
+    band.copy(padded + g * size, T(0), [&](int64_t n) __attribute__((always_inline)) {
+      return !backward ? plane[n] : r[n] > 0 ? plane[n] * r[n] : T(0);
+    });
+  }
+  for (int64_t row = 0; row < band.bottom - band.top; ++row) {
+    const T* first = padded + (row + reach) * stride;
+    if (windows.any_plain[row])
+      for (int g = 0; g < G; ++g) sum_columns(first + g * size, reach, stride, columns + g * (reach + 1) * stride);
+    for (int64_t i = 0; i < blocks; ++i) {
+      T sums[G * BLOCK];
+      if (windows.plain[row * blocks + i]) {
+        for (int g = 0; g < G; ++g)
+          sum_boxes(columns + g * (reach + 1) * stride + i * BLOCK, windows.steps.data(), reach, stride,
+                    sums + g * BLOCK);
+      } else {
+        const int64_t at = (row + reach) * stride + reach + i * BLOCK;
+        sum_chosen<T, G>(padded + at, size, windows.labels.data() + at, rings, windows.to.data(), reach, sums);
+      }
+      const int64_t n = (band.top + row) * band.W + i * BLOCK, count = std::min(BLOCK, band.W - i * BLOCK);
+      for (int g = 0; g < G; ++g) {
+        T* to = out + g * band.H * band.W + n;
+        const T* from = sums + g * BLOCK;
+        for (int64_t j = 0; j < count; ++j) to[j] = backward ? from[j] : r[n + j] > 0 ? from[j] * r[n + j] : T(0);
+      }
+    }
+  }
+}
+
+// A band of all K planes of x. The forward writes r.
 template <typename T>
 FASTCAM_INLINE void reduce_band(const T* x, const int32_t* labels, const T* rings, T* r, T* out, int64_t K,
                                 const Band& band, bool backward, bool by_count) {
   const int64_t reach = band.reach, stride = band.stride(), blocks = band.blocks(), rows = band.bottom - band.top;
-  std::vector<Label<T>> y(band.size());
-  band.copy(y.data(), Label<T>(OUTSIDE),
+  Windows<T> windows{std::vector<Label<T>>(band.size()),
+                     std::vector<char>(rows * blocks),
+                     std::vector<char>(rows),
+                     {},
+                     std::vector<T>(reach + 1)};
+  band.copy(windows.labels.data(), Label<T>(OUTSIDE),
             [&](int64_t n) __attribute__((always_inline)) { return Label<T>(std::max(labels[n], -1)); });
-  const auto at = [&](int64_t row, int64_t block)
-                      __attribute__((always_inline)) { return (row + reach) * stride + reach + block * BLOCK; };
-  std::vector<char> plain(rows * blocks), any_plain(rows);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < blocks; ++i) {
-      const Label<T>* here = y.data() + at(row, i);
-      any_plain[row] |= plain[row * blocks + i] = one_label(here, reach, stride);
+      const Label<T>* here = windows.labels.data() + (row + reach) * stride + reach + i * BLOCK;
+      windows.any_plain[row] |= windows.plain[row * blocks + i] = one_label(here, reach, stride);
       if (backward) continue;
       T factor[BLOCK];
       divide<T>(here, rings, reach, stride, by_count, factor);
       std::copy(factor, factor + std::min(BLOCK, band.W - i * BLOCK), r + (band.top + row) * band.W + i * BLOCK);
     }
-  std::vector<T> steps(reach + 1), padded(band.size()), columns((reach + 1) * stride);
-  for (int64_t d = 0; d <= reach; ++d) steps[d] = rings[d] - (d < reach ? rings[d + 1] : T(0));
-  for (int64_t k = 0; k < K; ++k) {
-    const T* plane = x + k * band.H * band.W;
-    band.copy(padded.data(), T(0), [&](int64_t n) __attribute__((always_inline)) {
-      return !backward ? plane[n] : r[n] > 0 ? plane[n] * r[n] : T(0);
-    });
-    for (int64_t row = 0; row < rows; ++row) {
-      if (any_plain[row]) sum_columns(padded.data() + at(row, 0) - reach, reach, stride, columns.data());
-      for (int64_t i = 0; i < blocks; ++i) {
-        T sums[BLOCK];
-        if (plain[row * blocks + i])
-          sum_boxes(columns.data() + i * BLOCK, steps.data(), reach, stride, sums);
-        else
-          sum_chosen<T>(padded.data() + at(row, i), y.data() + at(row, i), rings, reach, stride, sums);
-        const int64_t first = (band.top + row) * band.W + i * BLOCK, count = std::min(BLOCK, band.W - i * BLOCK);
-        T* to = out + k * band.H * band.W + first;
-        for (int64_t j = 0; j < count; ++j) to[j] = backward ? sums[j] : r[first + j] > 0 ? sums[j] * r[first + j] : 0;
-      }
-    }
+  for (int64_t d = 0; d <= reach; ++d) {
+    windows.steps[d] = rings[d] - (d < reach ? rings[d + 1] : T(0));
+    for (int64_t dy = -d; dy <= d; ++dy)
+      for (int64_t dx = -d; dx <= d; dx += std::abs(dy) == d || d == 0 ? 1 : 2 * d)
+        windows.to.push_back(dy * stride + dx);
   }
+  std::vector<T> padded(4 * band.size()), columns(4 * (reach + 1) * stride);
+  const int64_t plane = band.H * band.W;
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4)
+    reduce_planes<T, 4>(x + k * plane, windows, rings, r, out + k * plane, band, backward, padded.data(),
+                        columns.data());
+  for (; k < K; ++k)
+    reduce_planes<T, 1>(x + k * plane, windows, rings, r, out + k * plane, band, backward, padded.data(),
+                        columns.data());
 }
 FASTCAM_MULTIVERSION void reduce_band_f32(const float* x, const int32_t* labels, const float* rings, float* r,
                                           float* out, int64_t K, const Band& band, bool backward, bool by_count) {
