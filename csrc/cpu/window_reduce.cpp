@@ -14,7 +14,7 @@ namespace fastcam {
 namespace {
 
 constexpr int64_t BLOCK = 16;  // pixels of a row that are summed together
-constexpr int64_t ROWS = 8;    // rows of a task: with those around them they stay in the first-level cache
+constexpr int64_t ROWS = 16;   // rows of a task: with those around them they stay in the first-level cache
 constexpr int64_t OUTSIDE = -2, NOBODYS = -3;
 
 // As wide as T, so that a comparison of labels chooses numbers.
@@ -53,21 +53,6 @@ FASTCAM_INLINE bool one_label(const L* labels, int64_t reach, int64_t stride) {
     if (others) return false;
   }
   return true;
-}
-
-// The reciprocal of what the sums of a block are divided by; 0 without a label.
-template <typename T>
-FASTCAM_INLINE void divide(const Label<T>* labels, const T* rings, int64_t reach, int64_t stride, bool by_count, T* r) {
-  Label<T> centre[BLOCK];
-  for (int64_t i = 0; i < BLOCK; ++i) centre[i] = labels[i] < 0 ? Label<T>(NOBODYS) : labels[i];
-  T sum[BLOCK] = {};
-  for (int64_t dy = -reach; dy <= reach; ++dy)
-    for (int64_t dx = -reach; dx <= reach; ++dx) {
-      const T weight = by_count ? T(1) : rings[std::max(std::abs(dy), std::abs(dx))];
-      const Label<T>* there = labels + dy * stride + dx;
-      for (int64_t i = 0; i < BLOCK; ++i) sum[i] += there[i] == centre[i] ? weight : T(0);
-    }
-  for (int64_t i = 0; i < BLOCK; ++i) r[i] = sum[i] > 0 ? 1 / sum[i] : T(0);
 }
 
 // The sums of a block of G planes, `size` apart, that has several labels, or none. to: the places in a window, ring by
@@ -186,21 +171,24 @@ FASTCAM_INLINE void reduce_band(const T* x, const int32_t* labels, const T* ring
                      std::vector<T>(reach + 1)};
   band.copy(windows.labels.data(), Label<T>(OUTSIDE),
             [&](int64_t n) __attribute__((always_inline)) { return Label<T>(std::max(labels[n], -1)); });
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < blocks; ++i) {
-      const Label<T>* here = windows.labels.data() + (row + reach) * stride + reach + i * BLOCK;
-      windows.any_plain[row] |= windows.plain[row * blocks + i] = one_label(here, reach, stride);
-      if (backward) continue;
-      T factor[BLOCK];
-      divide<T>(here, rings, reach, stride, by_count, factor);
-      std::copy(factor, factor + std::min(BLOCK, band.W - i * BLOCK), r + (band.top + row) * band.W + i * BLOCK);
-    }
   for (int64_t d = 0; d <= reach; ++d) {
     windows.steps[d] = rings[d] - (d < reach ? rings[d + 1] : T(0));
     for (int64_t dy = -d; dy <= d; ++dy)
       for (int64_t dx = -d; dx <= d; dx += std::abs(dy) == d || d == 0 ? 1 : 2 * d)
         windows.to.push_back(dy * stride + dx);
   }
+  const std::vector<T> ones(backward ? 0 : band.size(), T(1)), alike(reach + 1, T(1));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t at = (row + reach) * stride + reach + i * BLOCK;
+      const Label<T>* here = windows.labels.data() + at;
+      windows.any_plain[row] |= windows.plain[row * blocks + i] = one_label(here, reach, stride);
+      if (backward) continue;
+      T sums[BLOCK];
+      sum_chosen<T, 1>(ones.data() + at, 0, here, by_count ? alike.data() : rings, windows.to.data(), reach, sums);
+      T* to = r + (band.top + row) * band.W + i * BLOCK;
+      for (int64_t j = 0; j < std::min(BLOCK, band.W - i * BLOCK); ++j) to[j] = sums[j] > 0 ? 1 / sums[j] : T(0);
+    }
   std::vector<T> padded(4 * band.size()), columns(4 * (reach + 1) * stride);
   const int64_t plane = band.H * band.W;
   int64_t k = 0;
