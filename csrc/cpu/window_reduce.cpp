@@ -1,5 +1,4 @@
-// At every pixel of x (K, H, W), the weighted sum over the pixels of its window that have its label. Weights depend on
-// the chessboard distance, so that where a whole window has one label the sum is one of a few box sums.
+// At every pixel of x (K, H, W), the weighted sum over the pixels of its window that have its label.
 #include <algorithm>
 #include <cstdlib>
 #include <vector>
@@ -14,7 +13,7 @@ namespace fastcam {
 namespace {
 
 constexpr int64_t BLOCK = 16;  // pixels of a row that are summed together
-constexpr int64_t ROWS = 16;   // rows of a task: with those around them they stay in the first-level cache
+constexpr int64_t ROWS = 16;   // rows of a task: four planes of them stay in the second-level cache
 constexpr int64_t OUTSIDE = -2, NOBODYS = -3;
 
 // As wide as T, so that a comparison of labels chooses numbers.
@@ -25,8 +24,8 @@ using Label = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 struct Band {
   int64_t H, W, reach, top, bottom;
 
-  int64_t blocks() const { return (W + BLOCK - 1) / BLOCK; }
-  int64_t stride() const { return blocks() * BLOCK + 2 * reach; }
+  int64_t stride() const { return (W + BLOCK - 1) / BLOCK * BLOCK + 2 * reach; }
+  int64_t at(int64_t y, int64_t x) const { return (y - top + reach) * stride() + reach + x; }
   int64_t size() const { return (bottom - top + 2 * reach) * stride(); }
   // Copies a plane's rows with f(n), n their place in the plane; `outside` is what lies beyond the image.
   template <typename T, typename F>
@@ -41,22 +40,8 @@ struct Band {
   }
 };
 
-// Whether all pixels that the windows of a block touch have one label, or lie outside the image, where x is 0.
-template <typename L>
-FASTCAM_INLINE bool one_label(const L* labels, int64_t reach, int64_t stride) {
-  if (labels[0] < 0) return false;
-  const L first = labels[0];
-  L others = 0;
-  for (int64_t dy = -reach; dy <= reach; ++dy) {
-    const L* row = labels + dy * stride - reach;
-    for (int64_t i = 0; i < BLOCK + 2 * reach; ++i) others |= (row[i] != first) & (row[i] != L(OUTSIDE));
-    if (others) return false;
-  }
-  return true;
-}
-
-// The sums of a block of G planes, `size` apart, that has several labels, or none. to: the places in a window, ring by
-// ring; each ring is summed by itself, so that most of the work are additions under a mask.
+// The sums of BLOCK pixels of G planes, `size` apart. to: the places in a window, ring by ring; each ring is summed by
+// itself, so that nearly all of the work is additions under a mask.
 template <typename T, int G>
 FASTCAM_INLINE void sum_chosen(const T* x, int64_t size, const Label<T>* labels, const T* rings, const int64_t* to,
                                int64_t reach, T* out) {
@@ -86,118 +71,60 @@ FASTCAM_INLINE void sum_chosen(const T* x, int64_t size, const Label<T>* labels,
     for (int r = 0; r < R; ++r) lanes<T, L>(out + g * BLOCK + r * L) = sum[g][r];
 }
 
-// columns (reach + 1, stride): of the row at x, the sums over the rows up to each distance above and below.
-template <typename T>
-FASTCAM_INLINE void sum_columns(const T* x, int64_t reach, int64_t stride, T* columns) {
-  std::copy(x, x + stride, columns);
-  for (int64_t d = 1; d <= reach; ++d) {
-    const T *above = x - d * stride, *below = x + d * stride;
-    T* to = columns + d * stride;
-    for (int64_t i = 0; i < stride; ++i) to[i] = to[i - stride] + (above[i] + below[i]);
-  }
-}
-
-// The sums of a block in which all pixels count: steps[d] times the box of reach d, for all d.
-template <typename T>
-FASTCAM_INLINE void sum_boxes(const T* columns, const T* steps, int64_t reach, int64_t stride, T* out) {
-  using V = typename Vector<T>::type;
-  constexpr int L = Vector<T>::size, R = BLOCK / L;
-  V sum[R] = {};
-  for (int64_t d = 0; d <= reach; ++d) {
-    if (steps[d] == 0) continue;
-    const T* from = columns + d * stride + reach;
-    V box[R];
-    for (int r = 0; r < R; ++r) box[r] = lanes<T, L>(from + r * L);
-    for (int64_t i = 1; i <= d; ++i)
-      for (int r = 0; r < R; ++r) box[r] += lanes<T, L>(from - i + r * L) + lanes<T, L>(from + i + r * L);
-    for (int r = 0; r < R; ++r) sum[r] += steps[d] * box[r];
-  }
-  for (int r = 0; r < R; ++r) lanes<T, L>(out + r * L) = sum[r];
-}
-
-// What all planes of a band share.
-template <typename T>
-struct Windows {
-  std::vector<Label<T>> labels;
-  std::vector<char> plain, any_plain;  // of every block, and every row: whether a sum of boxes will do
-  std::vector<int64_t> to;             // places in a window, ring by ring
-  std::vector<T> steps;                // from ring to ring
-};
-
 // G planes of a band. Forward, r multiplies the sums; backward, it multiplies what is summed.
 template <typename T, int G>
-FASTCAM_INLINE void reduce_planes(const T* x, const Windows<T>& windows, const T* rings, const T* r, T* out,
-                                  const Band& band, bool backward, T* padded, T* columns) {
-  const int64_t reach = band.reach, stride = band.stride(), blocks = band.blocks(), size = band.size();
+FASTCAM_INLINE void reduce_planes(const T* x, const Label<T>* labels, const T* rings, const int64_t* to, const T* r,
+                                  T* out, const Band& band, bool backward, T* padded) {
+  const int64_t size = band.size();
   for (int g = 0; g < G; ++g) {
     const T* plane = x + g * band.H * band.W;
     band.copy(padded + g * size, T(0), [&](int64_t n) __attribute__((always_inline)) {
       return !backward ? plane[n] : r[n] > 0 ? plane[n] * r[n] : T(0);
     });
   }
-  for (int64_t row = 0; row < band.bottom - band.top; ++row) {
-    const T* first = padded + (row + reach) * stride;
-    if (windows.any_plain[row])
-      for (int g = 0; g < G; ++g) sum_columns(first + g * size, reach, stride, columns + g * (reach + 1) * stride);
-    for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t y = band.top; y < band.bottom; ++y)
+    for (int64_t x0 = 0; x0 < band.W; x0 += BLOCK) {
       T sums[G * BLOCK];
-      if (windows.plain[row * blocks + i]) {
-        for (int g = 0; g < G; ++g)
-          sum_boxes(columns + g * (reach + 1) * stride + i * BLOCK, windows.steps.data(), reach, stride,
-                    sums + g * BLOCK);
-      } else {
-        const int64_t at = (row + reach) * stride + reach + i * BLOCK;
-        sum_chosen<T, G>(padded + at, size, windows.labels.data() + at, rings, windows.to.data(), reach, sums);
-      }
-      const int64_t n = (band.top + row) * band.W + i * BLOCK, count = std::min(BLOCK, band.W - i * BLOCK);
+      const int64_t at = band.at(y, x0), n = y * band.W + x0, count = std::min(BLOCK, band.W - x0);
+      sum_chosen<T, G>(padded + at, size, labels + at, rings, to, band.reach, sums);
       for (int g = 0; g < G; ++g) {
-        T* to = out + g * band.H * band.W + n;
+        T* result = out + g * band.H * band.W + n;
         const T* from = sums + g * BLOCK;
-        for (int64_t j = 0; j < count; ++j) to[j] = backward ? from[j] : r[n + j] > 0 ? from[j] * r[n + j] : T(0);
+        for (int64_t j = 0; j < count; ++j) result[j] = backward ? from[j] : r[n + j] > 0 ? from[j] * r[n + j] : T(0);
       }
     }
-  }
 }
 
 // A band of all K planes of x. The forward writes r.
 template <typename T>
 FASTCAM_INLINE void reduce_band(const T* x, const int32_t* labels, const T* rings, T* r, T* out, int64_t K,
                                 const Band& band, bool backward, bool by_count) {
-  const int64_t reach = band.reach, stride = band.stride(), blocks = band.blocks(), rows = band.bottom - band.top;
-  Windows<T> windows{std::vector<Label<T>>(band.size()),
-                     std::vector<char>(rows * blocks),
-                     std::vector<char>(rows),
-                     {},
-                     std::vector<T>(reach + 1)};
-  band.copy(windows.labels.data(), Label<T>(OUTSIDE),
+  std::vector<Label<T>> y(band.size());
+  band.copy(y.data(), Label<T>(OUTSIDE),
             [&](int64_t n) __attribute__((always_inline)) { return Label<T>(std::max(labels[n], -1)); });
-  for (int64_t d = 0; d <= reach; ++d) {
-    windows.steps[d] = rings[d] - (d < reach ? rings[d + 1] : T(0));
+  std::vector<int64_t> to;
+  for (int64_t d = 0; d <= band.reach; ++d)
     for (int64_t dy = -d; dy <= d; ++dy)
-      for (int64_t dx = -d; dx <= d; dx += std::abs(dy) == d || d == 0 ? 1 : 2 * d)
-        windows.to.push_back(dy * stride + dx);
+      for (int64_t dx = -d; dx <= d; dx += std::abs(dy) == d ? 1 : 2 * d) to.push_back(dy * band.stride() + dx);
+  std::vector<T> padded(4 * band.size(), T(1));
+  if (!backward) {
+    const std::vector<T> alike(band.reach + 1, T(1));
+    for (int64_t row = band.top; row < band.bottom; ++row)
+      for (int64_t x0 = 0; x0 < band.W; x0 += BLOCK) {
+        T sums[BLOCK];
+        const int64_t at = band.at(row, x0);
+        sum_chosen<T, 1>(padded.data() + at, 0, y.data() + at, by_count ? alike.data() : rings, to.data(), band.reach,
+                         sums);
+        for (int64_t j = 0; j < std::min(BLOCK, band.W - x0); ++j)
+          r[row * band.W + x0 + j] = sums[j] > 0 ? 1 / sums[j] : T(0);
+      }
   }
-  const std::vector<T> ones(backward ? 0 : band.size(), T(1)), alike(reach + 1, T(1));
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t at = (row + reach) * stride + reach + i * BLOCK;
-      const Label<T>* here = windows.labels.data() + at;
-      windows.any_plain[row] |= windows.plain[row * blocks + i] = one_label(here, reach, stride);
-      if (backward) continue;
-      T sums[BLOCK];
-      sum_chosen<T, 1>(ones.data() + at, 0, here, by_count ? alike.data() : rings, windows.to.data(), reach, sums);
-      T* to = r + (band.top + row) * band.W + i * BLOCK;
-      for (int64_t j = 0; j < std::min(BLOCK, band.W - i * BLOCK); ++j) to[j] = sums[j] > 0 ? 1 / sums[j] : T(0);
-    }
-  std::vector<T> padded(4 * band.size()), columns(4 * (reach + 1) * stride);
   const int64_t plane = band.H * band.W;
   int64_t k = 0;
   for (; k + 4 <= K; k += 4)
-    reduce_planes<T, 4>(x + k * plane, windows, rings, r, out + k * plane, band, backward, padded.data(),
-                        columns.data());
+    reduce_planes<T, 4>(x + k * plane, y.data(), rings, to.data(), r, out + k * plane, band, backward, padded.data());
   for (; k < K; ++k)
-    reduce_planes<T, 1>(x + k * plane, windows, rings, r, out + k * plane, band, backward, padded.data(),
-                        columns.data());
+    reduce_planes<T, 1>(x + k * plane, y.data(), rings, to.data(), r, out + k * plane, band, backward, padded.data());
 }
 FASTCAM_MULTIVERSION void reduce_band_f32(const float* x, const int32_t* labels, const float* rings, float* r,
                                           float* out, int64_t K, const Band& band, bool backward, bool by_count) {

@@ -64,8 +64,7 @@ def window_reduce(
     1802.08290, eq. 3), with superpixels as labels a smoothing that keeps their borders. At the image's border the
     window is cut off. Differentiable in ``x``: the gradient is the same sum, over what has been divided by ``z``.
 
-    Cost: one read of ``x`` and ``labels``, one write of the result; at most 2 B K H W window^2 operations. Where a
-    whole window has one label, ``cpp`` needs about 5 + 2 window + window^2 / 4 a value.
+    Cost: one read of ``x`` and ``labels``, one write of the result; B K H W window^2 additions.
 
     Args:
         x: :math:`(B, K, H, W)`, any strides, float32, float16, bfloat16 (float64 in ``cpp`` and ``reference``).
