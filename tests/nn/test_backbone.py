@@ -174,3 +174,17 @@ def test_bad_settings_are_refused(tmp_path):
         create_backbone("resnet18", frozen_stages=5)
     with pytest.raises(FastcamError, match="cannot be brought to output stride 16"):
         create_backbone("hrnet_w18_small", output_stride=16)
+
+
+def test_hrnet_gives_its_four_branches_from_weights_of_the_whole_classifier(tmp_path):
+    from safetensors.torch import save_file
+
+    whole = timm.create_model("hrnet_w18_small", pretrained=False)
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    backbone = create_backbone("hrnet_w18_small", output_stride=32, weights=tmp_path / "w.safetensors").eval()
+    assert backbone.channels == [16, 32, 64, 128]
+    assert backbone.strides == [4, 8, 16, 32]
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x1 = whole.eval().act2(whole.bn2(whole.conv2(whole.act1(whole.bn1(whole.conv1(x))))))
+        torch.testing.assert_close(backbone(x), whole.stages(x1))
