@@ -57,12 +57,16 @@ def read_image(
 def image_size(source: str | os.PathLike[str] | bytes, *, orient: bool = False) -> tuple[int, int]:
     """Height and width that `read_image` will give, from the file's header alone.
 
+    Only a PNG whose EXIF data come behind its pixels may come out turned otherwise.
+
     Raises:
         FastcamError: the file is missing or has no readable header.
     """
     with _opened(source) as image:
         width, height = image.size
-        turned = orient and image.getexif().get(ORIENTATION) in TURNED
+        # Pillow decodes a whole PNG to find EXIF data behind the pixels, where hardly any has them.
+        known = orient and (image.format != "PNG" or "exif" in image.info)
+        turned = known and image.getexif().get(ORIENTATION) in TURNED
         return (width, height) if turned else (height, width)
 
 

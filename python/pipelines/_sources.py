@@ -64,7 +64,7 @@ class FileSource:
         """The rows of a shard."""
         start = shard * self.shard_size
         for i in range(start, min(start + self.shard_size, len(self.ids))):
-            row: dict[str, Any] = {"id": self.ids[i], "image": self.files[i]}
+            row: dict[str, Any] = {"id": self.ids[i], "image": self.files[i], "source": self.files[i]}
             if self.tags is not None and self.tags[i, 0] >= 0:
                 row["tags"] = self.tags[i].tolist()
             yield row
@@ -106,6 +106,7 @@ class TarSource:
         sample: dict[str, Any] = {}
         count = 0
         try:
+            whole = _ends(self.files[shard])
             with tarfile.open(self.files[shard], "r|*") as tar:
                 for member in tar:
                     key, extension = _split_name(member.name)
@@ -114,7 +115,7 @@ class TarSource:
                     if sample and sample["id"] != f"{name}/{key}":
                         yield self._row(sample)
                         sample, count = {}, count + 1
-                    sample["id"] = f"{name}/{key}"
+                    sample |= {"id": f"{name}/{key}", "source": self.files[shard]}
                     self._read(tar, member, extension, sample)
         except (tarfile.TarError, OSError, EOFError) as error:
             if sample:
@@ -127,6 +128,9 @@ class TarSource:
             return
         if sample:
             yield self._row(sample)
+        if not whole:  # tarfile takes a cut between two files for the end
+            rest = f"shard {self.files[shard]} has no end behind {count + bool(sample)} images; copy it again"
+            yield {"id": f"{name}/(rest)", "error": rest}
 
     def _read(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: dict[str, Any]) -> None:
         suffix = "." + extension.rsplit(".", 1)[-1]
@@ -149,7 +153,7 @@ class TarSource:
             sample["error"] = f"file {member.name} does not read as JSON: {error}; replace it"
 
     def _row(self, sample: dict[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {key: sample[key] for key in ("id", "image", "error") if key in sample}
+        row: dict[str, Any] = {key: sample[key] for key in ("id", "image", "source", "error") if key in sample}
         if "image" not in row and "error" not in row:
             row["error"] = f"sample {row['id']} has no image, expected a file like {row['id']}{IMAGE_SUFFIXES[0]}"
         if self.tags is not None:
@@ -262,6 +266,15 @@ def _tar_files(images: Path) -> list[str]:
             raise FastcamError(f"no file matches {images}; give the tar shards, as in 'shards/*.tar'")
         return found
     return []
+
+
+def _ends(path: str) -> bool:
+    """Whether a tar file has its end mark, 1024 zeros; of compressed ones the reader tells."""
+    with Path(path).open("rb") as file:
+        if file.read(512)[257:262] != b"ustar":
+            return True
+        file.seek(-min(1024, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return not any(file.read())
 
 
 def _is_coco(path: Path) -> bool:
