@@ -98,14 +98,17 @@ def run_ray(work: Work, todo: list[int], processes: int, device: str) -> Iterato
     optional_module("ray.data", "engine ray", "ray")
     started = not ray.is_initialized()
     if started and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level="warning")
     elif started:
         ray.init(
-            num_cpus=max(processes, os.cpu_count() or 1),
+            num_cpus=processes + 1,  # Ray Data has tasks of its own beside the actors
             include_dashboard=False,
             log_to_driver=False,
+            logging_level="warning",
             _node_ip_address="127.0.0.1",
         )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # pseudo-label shows its own
     try:
         gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         shards = ray.data.from_items([{"shard": index} for index in todo], override_num_blocks=len(todo))

@@ -19,6 +19,7 @@ import torch
 
 from fastcam.errors import FastcamError, optional_module
 from fastcam.io import atomic_write
+from fastcam.io.coco import CocoImage, write_coco
 from fastcam.pipelines._parallel import ordered_map
 from fastcam.pipelines._sources import Source
 from fastcam.pipelines.labeler import STAGES, PseudoLabeler, Row, Settings
@@ -282,33 +283,13 @@ def summarize(work: Work, classes: list[str]) -> tuple[int, int]:
             for rows in read_catalogue(out, ["id", "source", "error"]):
                 table.writerows(row.values() for row in rows if row["error"] is not None)
     if "coco" in work.outputs:
-        _write_coco(out, classes)
+        write_coco(out / "coco.json", _coco_images(out), classes)
     return total["count"], errors
 
 
-def _write_coco(out: Path, classes: list[str]) -> None:
-    """All shards as one COCO file, written as it is read: memory holds one shard."""
-    categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)] + [{"id": 255, "name": "ignored"}]
-    with atomic_write(out / "coco.json") as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write('{"categories": ' + json.dumps(categories) + ', "images": [')
-        separator, number = "\n", 0
-        for rows in read_catalogue(out, ["id", "source", "width", "height", "error"]):
-            for row in rows:
-                if row["error"] is None:
-                    number += 1
-                    name = row["source"] or row["id"]
-                    about = {"id": number, "file_name": name, "width": row["width"], "height": row["height"]}
-                    file.write(separator + json.dumps({**about, "fastcam_id": row["id"]}))
-                    separator = ",\n"
-        file.write('],\n"annotations": [')
-        separator, number, count = "\n", 0, 0
-        for rows in read_catalogue(out, ["quality", "rle", "error"]):
-            for row in rows:
-                if row["error"] is None:
-                    number += 1
-                    for record in json.loads(row["rle"]):
-                        count += 1
-                        about = {"id": count, "image_id": number, "iscrowd": 0, "score": row["quality"]}
-                        file.write(separator + json.dumps({**about, **record}))
-                        separator = ",\n"
-        file.write("]}\n")
+def _coco_images(out: Path) -> Iterator[CocoImage]:
+    for rows in read_catalogue(out, ["id", "source", "width", "height", "quality", "rle", "error"]):
+        for row in rows:
+            if row["error"] is None:
+                name, size = row["source"] or row["id"], (row["height"], row["width"])
+                yield CocoImage(row["id"], name, size, json.loads(row["rle"]), row["quality"])

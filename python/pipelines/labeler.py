@@ -29,6 +29,7 @@ from fastcam.data import multi_scale
 from fastcam.data.classes import nearest
 from fastcam.errors import FastcamError, optional_module
 from fastcam.io import CamSet, encode_cams, encode_label_png, image_size, read_image
+from fastcam.io.coco import label_rle
 from fastcam.pipelines._data import file_fingerprint, load_trained
 from fastcam.pipelines._parallel import ordered_map
 from fastcam.pipelines.label import IGNORE, Rule, label_and_scores
@@ -311,7 +312,7 @@ class PseudoLabeler:
         if self.settings.cams:
             row["cam"] = encode_cams(reduced(camset, self.settings.stride))
         if self.settings.rle:
-            row["rle"] = json.dumps(label_rle(label.numpy()))
+            row["rle"] = json.dumps(label_rle(label))
         return row
 
     @contextmanager
@@ -390,17 +391,6 @@ def reduced(camset: CamSet, stride: int) -> CamSet:
 
     background = None if camset.background is None else resize(camset.background[None])[0]
     return CamSet(camset.keys, resize(camset.maps), background, camset.size)
-
-
-def label_rle(label: np.ndarray) -> list[dict[str, Any]]:
-    """COCO's compressed run lengths of every label in a mask `(H, W)` but 0: `category_id`, `area`, `segmentation`."""
-    mask = optional_module("pycocotools.mask", "rle", "scale")
-    records = []
-    for value in np.unique(label[label > 0]).tolist():
-        run = mask.encode(np.asfortranarray(label == value, dtype=np.uint8))
-        segmentation = {"size": list(label.shape), "counts": run["counts"].decode("ascii")}
-        records.append({"category_id": value, "area": int(mask.area(run)), "segmentation": segmentation})
-    return records
 
 
 def _source(image: Any) -> str | bytes:

@@ -20,7 +20,7 @@ from fastcam.errors import FastcamError
 from fastcam.io import encode_label_png, load_cams, read_label_png
 from fastcam.pipelines import labeler as labeler_module
 from fastcam.pipelines.label import Rule, label_image
-from fastcam.pipelines.labeler import PseudoLabeler, Settings, expected_iou, label_rle, reduced
+from fastcam.pipelines.labeler import PseudoLabeler, Settings, expected_iou, reduced
 from fastcam.pipelines.make_cam import image_cams
 from fastcam.pipelines.refine import Crf
 
@@ -367,8 +367,3 @@ def mutations(count):
             if not data:
                 break
         yield bytes(data)
-
-
-def test_label_rle_of_background_only_is_empty():
-    pytest.importorskip("pycocotools.mask")
-    assert label_rle(np.zeros((3, 4), np.uint8)) == []

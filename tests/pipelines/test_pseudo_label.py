@@ -124,7 +124,7 @@ class TestOutputs:
             mask = np.zeros((48, 48), np.uint8)
             for annotation in coco.loadAnns(coco.getAnnIds(image["id"])):
                 mask[coco.annToMask(annotation) > 0] = annotation["category_id"]
-            assert np.array_equal(mask, read_label_png(run / f"{image['fastcam_id']}.png").numpy())
+            assert np.array_equal(mask, read_label_png(run / f"{image['image']}.png").numpy())
 
 
 FILES_OF_A_SHARD = (("shards", ".json"), ("shards", ".tar"), ("catalogue", ".parquet"))
