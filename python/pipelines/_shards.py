@@ -170,6 +170,11 @@ def _rename(whole: Path, path: Path) -> None:
         whole.replace(path)
 
 
+def tar_key(image_id: str) -> str:
+    """The name of an image's files in a tar shard: WebDataset cuts names at the first dot."""
+    return image_id.replace("%", "%25").replace(".", "%2E")
+
+
 class _TarWriter:
     """A WebDataset shard: `<key>.png`, `<key>.json` and perhaps `<key>.cam.npz`; equal rows give equal bytes."""
 
@@ -178,9 +183,7 @@ class _TarWriter:
 
     def add(self, row: Row) -> None:
         """Adds what a row holds."""
-        # WebDataset cuts names at the first dot
-        folder, _, base = row["id"].rpartition("/")
-        key = f"{folder}/{base}".lstrip("/").replace(".", "%2E") if base else ""
+        key = tar_key(row["id"])
         about = {k: row[k] for k in ("id", "classes", "labels", "pixels", "width", "height", "quality", "fingerprint")}
         if row.get("rle") is not None:
             about["rle"] = json.loads(row["rle"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pipelines.tiny import CLASSES, files
 
 from fastcam.data import write_procedural
 from fastcam.errors import FastcamError
-from fastcam.io import load_cams, read_label_png, read_pass
-from fastcam.pipelines import _engines, _shards
+from fastcam.io import CamSet, load_cams, read_label_png, read_pass
+from fastcam.pipelines import _engines, _report_catalogue, _shards
 from fastcam.pipelines._data import Data
 from fastcam.pipelines._shards import finished_shards, read_catalogue
 from fastcam.pipelines.evaluate import evaluate
 from fastcam.pipelines.label import label
 from fastcam.pipelines.pseudo_label import pseudo_label
 from fastcam.pipelines.refine import Crf
+from fastcam.pipelines.report import report
 
 pytest.importorskip("pyarrow")
 RUN = {"scales": (1.0,), "threshold": 0.4, "crf": None, "device": "cpu", "shard_size": 5}
@@ -489,3 +492,41 @@ def test_settings_that_cannot_be(root, weights, tmp_path):
         with pytest.raises(FastcamError, match=message):
             pseudo_label(weights=weights, out=tmp_path / "out", **arguments)
         assert not (tmp_path / "out").exists()
+
+
+class TestReport:
+    def test_catalogue_and_stored_cams_are_shown(self, run, monkeypatch):
+        text = report(run, run.parent / "report.html", failures=3).read_text()
+        worst = sorted(rows_of(run), key=lambda row: row["quality"])[:3]
+        titles = re.findall(r"<h4>(\w+) · quality ([\d.]+)</h4>", text)
+        assert [float(quality) for _, quality in titles] == [pytest.approx(row["quality"], abs=1e-3) for row in worst]
+        assert text.count("label of ") >= 3 and "16 images in 4 shards" in text
+        shards = finished_shards(run).values()
+        pixels = sum(s["labels"].get("0", {"pixels": 0})["pixels"] for s in shards) / (16 * 48 * 48)
+        assert f"{100 * pixels:.0f} % of the pixels" in text
+        assert "From the stored CAMs of 16 images" in text
+
+    def test_cams_in_tars_give_the_same_curve(self, run, root, weights, labels, tmp_path):
+        more = {**RUN, "outputs": ("webdataset",), "cams": True}
+        pseudo_label(root / "JPEGImages", weights, tmp_path / "run", labels, **more)
+        curve = re.compile(r"share of foreground at every threshold: [^\"]+")
+        texts = [report(folder, tmp_path / "report.html").read_text() for folder in (run, tmp_path / "run")]
+        assert len({curve.search(text)[0] for text in texts}) == 1
+
+    def test_errors_are_counted_by_reason(self, root, weights, tmp_path):
+        for name in ("a.jpg", "b.jpg"):
+            (tmp_path / name).write_bytes(b"\xff\xd8\xff not an image")
+        shutil.copy(root / "JPEGImages/val_0000.jpg", tmp_path / "c.jpg")
+        pseudo_label(tmp_path, weights, tmp_path / "out", **RUN)
+        text = report(tmp_path / "out").read_text()
+        assert "3 images in 1 shards, 2 without a label" in text
+        assert re.search(r'<th scope="row">2</th><td>image does not decode', text)
+
+    def test_shares_worked_by_hand(self):
+        maps = torch.tensor([[[0.0, 0.5]], [[0.3, 0.1]]])
+        camsets = [
+            CamSet(torch.tensor([0, 1]), maps, None, (1, 2)),
+            CamSet(torch.zeros(0).long(), maps[:0], None, (1, 2)),
+        ]
+        shares = dict(zip(_report_catalogue.THRESHOLDS, _report_catalogue.foreground_shares(camsets), strict=True))
+        assert (shares[0.0], shares[0.3], shares[0.5]) == (0.5, 0.25, 0.0)
