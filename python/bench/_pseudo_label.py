@@ -1,9 +1,9 @@
 """Images a second from files to label files: ``PseudoLabeler`` against the loop that people write today.
 
-``python -m fastcam.bench._pseudo_label IMAGES`` labels photographs of a folder with one network (a plain CAM classifier;
-its weights do not change the time): by IRN's ``make_cam`` and ``cam_to_ir_label`` written plainly, with all classes
-fused, files between the two and pydensecrf for the two CRFs; and by ``PseudoLabeler`` with the same scales, rule and
-CRF. Both take turns on parts of the images. Needs ``pip install pydensecrf2``.
+``python -m fastcam.bench._pseudo_label IMAGES`` labels photographs of a folder with one plain CAM classifier: by IRN's
+``make_cam`` and ``cam_to_ir_label`` written plainly, with all classes fused, files between the two and pydensecrf for
+the two CRFs; and by ``PseudoLabeler`` with the same scales, rule and CRF. Both take turns on parts of the images. Needs
+``pip install pydensecrf2``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from fastcam.pipelines.make_cam import SCALES
 from fastcam.pipelines.refine import Crf
 
 HIGH, LOW = 0.30, 0.05  # IRN's two thresholds
-CLASSES = 20
 Times = dict[str, float]
 
 
@@ -44,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("images", type=Path, help="folder of photographs")
     parser.add_argument("--count", type=int, default=12, help="how many of them, evenly spread (default: 12)")
     parser.add_argument("--part", type=int, default=4, help="images of one turn (default: 4)")
-    parser.add_argument("--backbone", default="resnet50", help="timm's name (default: resnet50)")
+    parser.add_argument("--backbone", default="resnet50", help="timm's name, random weights (default: resnet50)")
+    parser.add_argument("--weights", type=Path, help="of a trained method cam, instead of a backbone")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="default: 1 0.5 1.5 2")
     parser.add_argument("--tags", type=int, default=2, help="classes an image (default: 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
@@ -68,22 +68,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Both ways in turn over parts of the images; the first part is labelled once before, unmeasured."""
-    settings = Settings(
-        tuple(args.scales), Rule(high=HIGH, low=LOW), Crf("irn"), cams=True, batch_pixels=args.batch_pixels
-    )
-    method = create_method("cam", num_classes=CLASSES, backbone=args.backbone)
-    with torch.no_grad():
-        method.classifier.weight.abs_()  # maps of random weights that show something
-    names = [f"class {k}" for k in range(CLASSES)]
-    about = {"method": "cam", "num_classes": CLASSES, "classes": names, "backbone": args.backbone}
-    save_weights(out / "w.safetensors", method.state_dict(), {**about, "config": {"backbone": args.backbone}})
-    labeler = PseudoLabeler(out / "w.safetensors", settings, device=args.device, workers=args.workers)
+    crf = Crf("irn")
+    settings = Settings(tuple(args.scales), Rule(high=HIGH, low=LOW), crf, cams=True, batch_pixels=args.batch_pixels)
+    weights = args.weights
+    if weights is None:
+        weights = out / "weights.safetensors"
+        method = create_method("cam", num_classes=20, backbone=args.backbone)
+        about = {"method": "cam", "num_classes": 20, "backbone": args.backbone, "config": {"backbone": args.backbone}}
+        save_weights(weights, method.state_dict(), {**about, "classes": [f"class {k}" for k in range(20)]})
+    labeler = PseudoLabeler(weights, settings, device=args.device, workers=args.workers)
+    names, backbone = labeler.classes, labeler.method.config.backbone
     draw = torch.Generator().manual_seed(0)
-    tags = {path: torch.randperm(CLASSES, generator=draw)[: args.tags].sort().values for path in files}
+    tags = {path: torch.randperm(len(names), generator=draw)[: args.tags].sort().values for path in files}
     parts = [files[i : i + args.part] for i in range(0, len(files), args.part)]
     plain: Times = defaultdict(float)
     ours: Times = defaultdict(float)
-    ratios, agreement, sizes = [], [], defaultdict(int)
+    ratios: list[float] = []
+    agreement: list[float] = []
+    sizes: dict[str, int] = defaultdict(int)
     for number, part in enumerate([parts[0], *parts]):
         start = time.perf_counter()
         stages = today(labeler.method, part, tags, settings.scales, out)
@@ -109,7 +111,7 @@ def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str,
             sizes["cam"] += len(row["cam"])
             sizes["pixels"] += row["width"] * row["height"]
     return {
-        "command": f"{args.backbone}, {args.tags} classes an image, scales {list(args.scales)} and mirror images, "
+        "what": f"{backbone}, {args.tags} of {len(names)} classes an image, scales {list(args.scales)} and mirrored, "
         f"{args.device}, {args.threads} threads, torch {torch.__version__}",
         "images": len(files),
         "today": dict(plain),
@@ -189,7 +191,7 @@ def crf_of_labels(image: np.ndarray, labels: np.ndarray, count: int) -> np.ndarr
 
 def show(report: dict[str, Any]) -> str:
     """Rates and stage shares as lines of text."""
-    lines = [report["command"]]
+    lines = [report["what"]]
     for name in ("today", "PseudoLabeler"):
         times = dict(report[name])
         whole = times.pop("all")
