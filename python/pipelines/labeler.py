@@ -168,7 +168,8 @@ class PseudoLabeler:
             names = list(batch)
             rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             done = self(rows)
-            return {name: [row[name] for row in done] for name in dict.fromkeys([*names, *self._columns()])}
+            every = dict.fromkeys([*names, *self._columns()])
+            return {name: [_plain(row[name]) for row in done] for name in every}
         return [row for _, row in sorted(self.stream(batch), key=lambda pair: pair[0])]
 
     def stream(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Row]]:
@@ -391,6 +392,11 @@ def reduced(camset: CamSet, stride: int) -> CamSet:
 
     background = None if camset.background is None else resize(camset.background[None])[0]
     return CamSet(camset.keys, resize(camset.maps), background, camset.size)
+
+
+def _plain(value: Any) -> Any:
+    """An array as a list: tables hold lists of any length in a column, but no arrays."""
+    return value.tolist() if isinstance(value, np.ndarray | Tensor) else value
 
 
 def _source(image: Any) -> str | bytes:

@@ -80,6 +80,7 @@ class TestRows:
         out = labeler(columns)
         assert out["mask"] == [row["mask"] for row in labeler(rows[:2])]
         assert {"image", "tags", "mask", "cam", "quality", "error", "fingerprint"} <= out.keys()
+        assert out["tags"] == columns["tags"].tolist()
         empty = labeler({"image": [], "tags": []})
         assert empty.keys() == out.keys() and empty["mask"] == []
 
