@@ -4,7 +4,14 @@ from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.groups import GroupSampler
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
-from fastcam.data.tags import load_tags, read_cls_labels, read_tag_csv, tags_from_mask, tags_from_xml
+from fastcam.data.tags import (
+    load_tags,
+    read_cls_labels,
+    read_tag_csv,
+    read_tag_records,
+    tags_from_mask,
+    tags_from_xml,
+)
 from fastcam.data.transforms import (
     RandAugment,
     denormalize,
@@ -31,6 +38,7 @@ __all__ = [
     "multi_scale",
     "read_cls_labels",
     "read_tag_csv",
+    "read_tag_records",
     "segment_transform",
     "tags_from_mask",
     "tags_from_xml",

@@ -60,6 +60,11 @@ class FolderDataset(Dataset[dict[str, Any]]):
         self.tags: Tensor | None = None if tags is None else load_tags(tags, self.ids, self.classes)
 
     @property
+    def files(self) -> list[Path]:
+        """The file of every image."""
+        return [self.images / name for name in self._files.values()]
+
+    @property
     def has_tags(self) -> bool:
         """Whether items have tags."""
         return self.tags is not None

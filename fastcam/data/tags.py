@@ -1,6 +1,7 @@
-"""Image-level tags from masks, VOC annotations, CSV files and `cls_labels.npy`."""
+"""Image-level tags from masks, VOC annotations, tables, COCO's annotations and `cls_labels.npy`."""
 
 import csv
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, nearest
-from fastcam.errors import FastcamError
+from fastcam.errors import FastcamError, optional_module
 from fastcam.io import IMAGE_SUFFIXES
 from fastcam.io._restricted_npy import load_object
 
-_ID_COLUMNS = {"id", "image", "image_id", "file", "filename", "file_name", "name", "path"}
+RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
+_ID_ORDER = ("image", "path", "file_name", "filename", "file", "name", "image_id", "id")  # of several, the first counts
+_ID_COLUMNS = set(_ID_ORDER)
 _TAG_COLUMNS = {"tags", "tag", "labels", "label", "classes", "class", "class_name"}
 
 
@@ -153,13 +156,13 @@ def read_cls_labels(path: str | os.PathLike[str], classes: Sequence[str]) -> dic
 
 
 def load_tags(path: str | os.PathLike[str], ids: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """Tags of the images `ids` from a `.csv` or `.npy` file.
+    """Tags of the images `ids` from a `.csv`, `.json`, `.jsonl`, `.parquet` or `.npy` file.
 
     Returns:
         float32 `(len(ids), C)`.
 
     Raises:
-        FastcamError: as `read_tag_csv` and `read_cls_labels`; or an image has no entry.
+        FastcamError: as `read_tag_csv`, `read_tag_records` and `read_cls_labels`; or an image has no entry.
     """
     path = Path(path)
     table: dict[Any, Tensor] = {}
@@ -167,8 +170,16 @@ def load_tags(path: str | os.PathLike[str], ids: Sequence[str], classes: Sequenc
         table |= read_cls_labels(path, classes)
     elif path.suffix == ".csv":
         table |= read_tag_csv(path, classes)
+    elif path.suffix in RECORD_SUFFIXES:
+        for name, tags in read_tag_records(path, classes):
+            if (key := image_id(name)) in table:
+                raise FastcamError(f"tag file {path} has image {key!r} a second time; remove one")
+            if tags is None:
+                raise FastcamError(f"tag file {path} has no tags for image {key!r}; add a field tags")
+            table[key] = tags
     else:
-        raise FastcamError(f"tag file {path} has suffix {path.suffix!r}, expected .csv or .npy")
+        known = ", ".join((".csv", *RECORD_SUFFIXES, ".npy"))
+        raise FastcamError(f"tag file {path} has suffix {path.suffix!r}, expected one of {known}")
     rows = torch.zeros(len(ids), len(classes))
     for row, image in zip(rows, ids, strict=True):
         tags = table.get(image, table.get(_as_int(image)))
@@ -176,6 +187,86 @@ def load_tags(path: str | os.PathLike[str], ids: Sequence[str], classes: Sequenc
             raise FastcamError(f"tag file {path} has no entry for image {image!r}; add it or take the image out")
         row.copy_(tags)
     return rows
+
+
+def read_tag_records(path: str | os.PathLike[str], classes: Sequence[str]) -> list[tuple[str, Tensor | None]]:
+    """Names of images and their tags from a table of records, or from COCO's annotations.
+
+    - `.jsonl`: an object a line; `.json`: a list of objects, or one object of image -> tags; `.parquet` (needs
+      pyarrow); `.csv` with a header. A record has the image under `image`, `id`, `file_name`, `path`, ..., and its tags
+      under `tags`, `labels`, ... (names, or one string as in `read_tag_csv`), or one 0/1 field a class, or no tags.
+    - `.json` with `images`, `annotations` and `categories`: the categories that an image has annotations of, by name;
+      categories that are no known class do not count.
+    - `.txt`: a name a line, without tags.
+
+    Args:
+        path: the file.
+        classes: the C names.
+
+    Returns:
+        Pairs in the order of the file: the name as it stands there, and float32 `(C,)` of 0 and 1, or `None` without
+        tags.
+
+    Raises:
+        FastcamError: the file is missing or damaged, a record names no image, or a tag is no known class.
+    """
+    path = Path(path)
+    try:
+        content = _read_records(path)
+    except FileNotFoundError:
+        raise FastcamError(f"tag file {path} does not exist") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise FastcamError(f"tag file {path} does not read as {path.suffix[1:]}: {error}; save it again") from error
+    if isinstance(content, Mapping):
+        if {"images", "annotations", "categories"} <= content.keys():
+            return _coco_tags(content, classes, path)
+        content = [{"image": name, "tags": tags} for name, tags in content.items()]
+    if not isinstance(content, list) or not all(isinstance(record, Mapping) for record in content):
+        raise FastcamError(f"tag file {path} holds no records, expected objects with image and tags")
+    return [_record_tags(record, classes, f"tag file {path} record {i}") for i, record in enumerate(content, 1)]
+
+
+def _read_records(path: Path) -> Any:
+    if path.suffix == ".parquet":
+        return optional_module("pyarrow.parquet", f"tag file {path}", "scale").read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return json.loads(text)
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    return [{"image": line} for line in text.splitlines() if line.strip()]
+
+
+def _record_tags(record: Mapping[str, Any], classes: Sequence[str], where: str) -> tuple[str, Tensor | None]:
+    fields = {key.strip().lower(): key for key in record if isinstance(key, str)}
+    name = next((record[fields[key]] for key in _ID_ORDER if key in fields), None)
+    if not isinstance(name, str | int) or not str(name).strip():
+        raise FastcamError(f"{where} names no image, expected a field image; it has {', '.join(map(str, record))}")
+    if set(classes) <= record.keys():
+        return str(name), torch.tensor([_zero_or_one(str(record[key]), where) for key in classes])
+    tags = next((record[fields[key]] for key in sorted(_TAG_COLUMNS) if key in fields), None)
+    if tags is None:
+        return str(name), None
+    names = _split(tags, classes) if isinstance(tags, str) else tags
+    if not isinstance(names, Iterable) or not all(isinstance(tag, str) for tag in names):
+        raise FastcamError(f"{where} has tags {tags!r}, expected a list of names")
+    return str(name), _multi_hot(set(names), classes, where)
+
+
+def _coco_tags(content: Mapping[str, Any], classes: Sequence[str], path: Path) -> list[tuple[str, Tensor | None]]:
+    try:
+        index = {c["id"]: classes.index(c["name"]) for c in content["categories"] if c["name"] in classes}
+        found = {image["id"]: (str(image["file_name"]), torch.zeros(len(classes))) for image in content["images"]}
+        for annotation in content["annotations"]:
+            if annotation["category_id"] in index:
+                found[annotation["image_id"]][1][index[annotation["category_id"]]] = 1
+    except (KeyError, TypeError) as error:
+        raise FastcamError(f"tag file {path} is no COCO annotation file: {error!r} is missing; check it") from error
+    if not index:
+        raise FastcamError(f"tag file {path} has no category among {', '.join(classes[:6])}, ...; check the classes")
+    return list(found.values())
 
 
 def image_id(name: str) -> str:

@@ -103,6 +103,11 @@ class VOCDataset(Dataset[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
     @property
+    def files(self) -> list[Path]:
+        """The file of every image."""
+        return list(self._images)
+
+    @property
     def has_tags(self) -> bool:
         """Whether items have tags, told without reading them."""
         return self._tags is not None

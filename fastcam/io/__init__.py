@@ -1,11 +1,11 @@
 """Files in and out: labels, saliency, CAMs, objects, IRN's dictionaries, weights, images, book-keeping of passes."""
 
 from fastcam.io.atomic import atomic_write
-from fastcam.io.cams import CamSet, load_cams, save_cams
-from fastcam.io.images import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from fastcam.io.cams import CamSet, encode_cams, load_cams, save_cams
+from fastcam.io.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size, read_image
 from fastcam.io.instances import Instances, load_instances, save_instances
 from fastcam.io.irn import load_irn_npy, save_irn_npy
-from fastcam.io.labels import read_label_png, voc_palette, write_label_png
+from fastcam.io.labels import encode_label_png, read_label_png, voc_palette, write_label_png
 from fastcam.io.passes import finished_ids, open_pass, read_pass
 from fastcam.io.saliency import find_saliency, read_saliency
 from fastcam.io.weights import load_weights, save_weights
@@ -16,8 +16,11 @@ __all__ = [
     "CamSet",
     "Instances",
     "atomic_write",
+    "encode_cams",
+    "encode_label_png",
     "find_saliency",
     "finished_ids",
+    "image_size",
     "load_cams",
     "load_instances",
     "load_irn_npy",

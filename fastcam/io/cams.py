@@ -1,5 +1,6 @@
 """The maps of one image on disk: present classes only, half precision, deflated."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +90,13 @@ class CamSet:
         return torch.cat([plane, maps])
 
 
-def save_cams(path: str | os.PathLike[str], camset: CamSet) -> None:
-    """Writes a `CamSet` as compressed `.npz`, atomically.
+def encode_cams(camset: CamSet) -> bytes:
+    """A `CamSet` as the bytes of a compressed `.npz`; equal sets give equal bytes.
 
     Maps are rounded to float16: a relative error of at most 2^-11.
 
     Raises:
         ValueError: the maps hold NaN, infinity or values beyond float16.
-        FastcamError: the file could not be written.
     """
     arrays = {
         "keys": camset.keys.detach().cpu().numpy(),
@@ -107,13 +107,26 @@ def save_cams(path: str | os.PathLike[str], camset: CamSet) -> None:
         arrays["background"] = camset.background.detach().half().cpu().numpy()
     for name in ("maps", "background"):
         if name in arrays and not np.isfinite(arrays[name]).all():
-            raise ValueError(f"save_cams: {name} for {path} is not finite in float16, expected values in [0, 1]")
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            raise ValueError(f"encode_cams: {name} is not finite in float16, expected values in [0, 1]")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
-def load_cams(path: str | os.PathLike[str]) -> CamSet:
-    """Reads what `save_cams` wrote, without executing anything from the file.
+def save_cams(path: str | os.PathLike[str], camset: CamSet) -> None:
+    """Writes a `CamSet` as `encode_cams` gives it, atomically.
+
+    Raises:
+        ValueError: as `encode_cams`.
+        FastcamError: the file could not be written.
+    """
+    encoded = encode_cams(camset)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+def load_cams(source: str | os.PathLike[str] | bytes) -> CamSet:
+    """Reads what `save_cams` wrote, or the bytes of `encode_cams`, without executing anything from them.
 
     Returns:
         The `CamSet` on the CPU; maps and background are float32.
@@ -121,9 +134,9 @@ def load_cams(path: str | os.PathLike[str]) -> CamSet:
     Raises:
         FastcamError: the file is missing, damaged, or not such a file.
     """
-    path = Path(path)
+    path = "of bytes" if isinstance(source, bytes) else Path(source)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(source) if isinstance(source, bytes) else path, allow_pickle=False) as file:
             arrays = dict(file)
         background = arrays.get("background")
         return CamSet(

@@ -1,5 +1,6 @@
 """Label maps as palette PNG: one byte a pixel, 0 background, class k + 1, 255 ignored."""
 
+import io
 import os
 from pathlib import Path
 
@@ -26,35 +27,46 @@ def voc_palette() -> np.ndarray:
     return palette.astype(np.uint8)
 
 
-def write_label_png(path: str | os.PathLike[str], label: Tensor | np.ndarray) -> None:
-    """Writes a label map as a palette PNG with VOC's colours, atomically.
+def encode_label_png(label: Tensor | np.ndarray) -> bytes:
+    """A label map as the bytes of a palette PNG with VOC's colours.
 
     Args:
-        path: the file to write.
         label: any integer dtype with values 0 to 255 `(H, W)`, on any device.
 
     Raises:
         ValueError: another shape or dtype, or values outside 0 to 255.
-        FastcamError: the file could not be written.
     """
     array = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
     if array.ndim != 2 or array.dtype.kind not in "ui":
-        raise ValueError(f"write_label_png: expected integers (H, W), got {array.dtype} {array.shape}")
+        raise ValueError(f"encode_label_png: expected integers (H, W), got {array.dtype} {array.shape}")
     if array.size == 0 or array.min() < 0 or array.max() > 255:
         raise ValueError(
-            f"write_label_png: expected at least one pixel and values 0 to 255, got {array.shape}, {_range(array)}"
+            f"encode_label_png: expected at least one pixel and values 0 to 255, got {array.shape}, {_range(array)}"
         )
     image = Image.fromarray(array.astype(np.uint8)).convert("P")
     image.putpalette(voc_palette().tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def write_label_png(path: str | os.PathLike[str], label: Tensor | np.ndarray) -> None:
+    """Writes a label map as `encode_label_png` gives it, atomically.
+
+    Raises:
+        ValueError: as `encode_label_png`.
+        FastcamError: the file could not be written.
+    """
+    encoded = encode_label_png(label)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", optimize=False)
+        temporary.write_bytes(encoded)
 
 
-def read_label_png(path: str | os.PathLike[str]) -> Tensor:
+def read_label_png(source: str | os.PathLike[str] | bytes) -> Tensor:
     """Reads the label indices of a palette or greyscale PNG; the palette's colours do not matter.
 
     Args:
-        path: a file as `write_label_png` or VOC's tools write it.
+        source: a file as `write_label_png` or VOC's tools write it, or its bytes.
 
     Returns:
         uint8 `(H, W)`.
@@ -62,9 +74,9 @@ def read_label_png(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         FastcamError: the file is missing, does not decode, or stores colours instead of label indices.
     """
-    path = Path(path)
+    path = "of bytes" if isinstance(source, bytes) else Path(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else path, formats=("PNG",)) as image:
             mode, array = image.mode, np.array(image)
     except FileNotFoundError:
         raise FastcamError(f"mask {path} does not exist") from None

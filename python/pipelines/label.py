@@ -111,15 +111,28 @@ def label_image(cams: CamSet, image_id: str, rule: Rule, crf: Crf | None = None,
         uint8 `(H, W)`.
     """
 
-    def decide(scores: Tensor) -> Tensor:
-        scores = scores if crf is None or image is None else crf_scores(scores, image, crf)
-        best, winner = scores.max(0)
-        label = to_labels(winner, cams.keys)
-        return label if rule.min_score is None else label.masked_fill(best < rule.min_score, IGNORE)
+    return label_and_scores(cams, image_id, rule, crf, image)[0]
 
+
+def label_and_scores(
+    cams: CamSet, image_id: str, rule: Rule, crf: Crf | None = None, image: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `label_image` gives, and the scores `(K, H, W)` that decided: of two thresholds, those beside the high one.
+
+    Two thresholds share one CRF's lattice.
+    """
     if rule.high is not None and rule.low is not None:
-        return two_threshold_label(decide(cams.scores(rule.high)), decide(cams.scores(rule.low)))
-    return decide(own_background(cams, image_id, rule.threshold, rule.power))
+        scores = torch.stack([cams.scores(rule.high), cams.scores(rule.low)])
+    else:
+        scores = own_background(cams, image_id, rule.threshold, rule.power)[None]
+    if crf is not None and image is not None:
+        scores = crf_scores(scores, image, crf)
+    best, winner = scores.max(1)
+    labels = to_labels(winner, cams.keys)
+    if len(labels) == 2:
+        return two_threshold_label(*labels), scores[0]
+    label = labels[0] if rule.min_score is None else labels[0].masked_fill(best[0] < rule.min_score, IGNORE)
+    return label, scores[0]
 
 
 def saliency_label(cams: CamSet, image_id: str, saliency: Saliency) -> Tensor:

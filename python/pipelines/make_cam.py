@@ -34,33 +34,52 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@torch.inference_mode()
 def image_cams(
     method: Any, views: list[Tensor], size: Sequence[int], tags: Tensor | None, stride: int, tag_threshold: float
 ) -> CamSet:
-    """CAMs of one image from its views.
+    """`batch_cams` of one image: views `(3, h_s, w_s)`, tags `(C,)` or `None`."""
+    return batch_cams(method, [view[None] for view in views], size, [tags], stride, tag_threshold)[0]
+
+
+@torch.inference_mode()
+def batch_cams(
+    method: Any,
+    views: Sequence[Tensor],
+    size: Sequence[int],
+    tags: Sequence[Tensor | None],
+    stride: int,
+    tag_threshold: float,
+) -> list[CamSet]:
+    """CAMs of images of one size from their views.
 
     Args:
         method: a trained CAM method, on its device.
-        views: the image at several scales, normalised, `(3, h_s, w_s)` each.
-        size: `(H, W)` of the image.
-        tags: float `(C,)`; `None` takes the classes that the method's classifier gives at least `tag_threshold`.
+        views: the B images at several scales, normalised, `(B, 3, h_s, w_s)` each.
+        size: `(H, W)` of the images.
+        tags: of each image float `(C,)`; `None` takes the classes that the method's classifier gives at least
+            `tag_threshold`.
         stride: maps are stored at `ceil(H / stride) x ceil(W / stride)`.
         tag_threshold: a probability.
 
     Returns:
-        On the CPU.
+        One an image, on the CPU.
     """
     device = next(method.parameters()).device
-    batch = [view[None].to(device, non_blocking=True) for view in views]
-    if tags is None:
-        logits = torch.stack([method.tag_logits(view)[0] for view in batch])
-        tags = (logits.sigmoid().mean(0) >= tag_threshold).float()
+    batch = [view.to(device, non_blocking=True) for view in views]
+    if any(tag is None for tag in tags):
+        probability = torch.stack([method.tag_logits(view) for view in batch]).sigmoid().mean(0).cpu()
+        found = (probability >= tag_threshold).float()
+        tags = [own if tag is None else tag for tag, own in zip(tags, found, strict=True)]
+    known = torch.stack([tag for tag in tags if tag is not None])
+    keys = known.any(0).nonzero().flatten()
     small = (-(-size[0] // stride), -(-size[1] // stride))
-    keys = tags.nonzero().flatten()
-    fused = method.fused_cams(batch, small, tags[None].to(device), keys.to(device))
-    background = None if fused.background is None else fused.background[0].float().cpu()
-    return CamSet(keys.cpu(), fused.maps[0].float().cpu(), background, (size[0], size[1]))
+    fused = method.fused_cams(batch, small, known.to(device), keys.to(device))
+    maps = fused.maps.float().cpu()
+    background = None if fused.background is None else fused.background.float().cpu()
+    return [
+        CamSet(keys[own], maps[i, own], None if background is None else background[i], (size[0], size[1]))
+        for i, own in enumerate(known[:, keys] > 0)
+    ]
 
 
 def make_cam(

@@ -143,22 +143,25 @@ def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
     """Marginals of the CRF that starts from scores.
 
     Args:
-        scores: float `(K, H, W)`, background first.
+        scores: float `(K, H, W)`, background first; or `(G, K, H, W)`: G problems on one image, which share the costly
+            part of the work.
         image: uint8 `(3, H, W)`.
         crf: its parameters.
 
     Returns:
-        float32 `(K, H, W)`, summing to 1. With one label there is nothing to decide: ones.
+        float32 of the shape of `scores`, summing to 1. With one label there is nothing to decide: ones.
     """
-    if len(scores) == 1:
+    labels = scores.shape[-3]
+    if labels == 1:
         return torch.ones_like(scores)
     values = crf.resolved()
     if values["unary"] == "label":
-        unary = unary_from_labels(scores.argmax(0)[None], len(scores), values["gt_prob"], zero_unsure=False)
+        best = scores.argmax(-3).reshape(-1, *scores.shape[-2:])
+        unary = unary_from_labels(best, labels, values["gt_prob"], zero_unsure=False).view(scores.shape)
     else:
-        unary = unary_from_softmax(scores[None])
+        unary = unary_from_softmax(scores)
     return crf_mean_field(
-        unary,
+        unary[None],
         image[None],
         iterations=values["iterations"],
         gaussian=(values["gaussian_sxy"], values["gaussian_compat"]),

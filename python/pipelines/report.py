@@ -19,6 +19,7 @@ from fastcam.io import CamSet, atomic_write, load_cams, read_label_png, read_pas
 from fastcam.metrics import ConfusionMatrix, mean_iou
 from fastcam.pipelines import _report_pictures as pictures
 from fastcam.pipelines._data import Data, Images, open_data
+from fastcam.pipelines._report_catalogue import catalogue_section
 from fastcam.pipelines._report_charts import Curve, bars, legend, lines
 from fastcam.pipelines._report_style import SCRIPT, STYLE
 from fastcam.pipelines.env import env
@@ -79,7 +80,8 @@ def report(run: Path, out: Path | None = None, samples: int = 10, failures: int 
 
     It shows the scores, the classes, the choice of the threshold, images with all that was made of them, the worst
     images, what is taken for what, training curves, times and configuration: whatever of these the folder holds. Images
-    and masks are read from the data set that the scores name.
+    and masks are read from the data set that the scores name. Of a pseudo-label run it shows quality, class balance,
+    thresholds, the images of lowest quality and the errors, from its catalogue and stored CAMs.
 
     Args:
         run: folder that holds the folders of passes (any with a pass.json) and, anywhere below, scores.json files.
@@ -107,6 +109,7 @@ def report(run: Path, out: Path | None = None, samples: int = 10, failures: int 
         ("threshold", "Background threshold", _threshold_curves(scores)),
         ("examples", "Examples", _examples(groups, notes, samples, classes)),
         ("failures", "Failures", _failures(groups, failures, classes)),
+        ("catalogue", "Pseudo-labels", _catalogues(passes, failures)),
         ("confusion", "Confusion", _confusions(scores)),
         ("training", "Training", _training(passes)),
         ("times", "Times", _times(passes)),
@@ -267,6 +270,10 @@ def _failures(groups: dict[str, list[_Ranked]], failures: int, classes: Sequence
         f"<p class=hint>The images of {escape(worst[0].split)} with the lowest mIoU of the stage “{name}”, worst first."
         f"</p>{''.join(_row(r.load(), classes) for r in worst)}"
     )
+
+
+def _catalogues(passes: Sequence[Pass], worst: int) -> str:
+    return "".join(catalogue_section(p.folder, p.config, worst) for p in passes if p.kind == "pseudo-label")
 
 
 def _confusions(scores: Sequence[Score]) -> str:

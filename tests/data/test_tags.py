@@ -137,5 +137,5 @@ def test_missing_entries_and_other_suffixes(tmp_path):
     path = csv_file(tmp_path, "a,cat\n")
     with pytest.raises(FastcamError, match="has no entry for image 'b'"):
         load_tags(path, ["a", "b"], CLASSES)
-    with pytest.raises(FastcamError, match=r"suffix '\.txt', expected \.csv or \.npy"):
+    with pytest.raises(FastcamError, match=r"suffix '\.txt', expected one of \.csv, \.json"):
         load_tags(tmp_path / "tags.txt", ["a"], CLASSES)

@@ -87,7 +87,7 @@ def test_fields_that_do_not_fit_are_refused(fields):
 
 
 def test_not_finite_maps_are_not_stored(tmp_path):
-    with pytest.raises(ValueError, match=r"save_cams: maps .* not finite"):
+    with pytest.raises(ValueError, match=r"encode_cams: maps .* not finite"):
         save_cams(tmp_path / "a.npz", CamSet(torch.tensor([0]), torch.full((1, 2, 2), torch.nan), None, (2, 2)))
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fastcam.errors import FastcamError
-from fastcam.io import read_image
+from fastcam.io import image_size, read_image
 
 
 def test_rgb_png_comes_back_exactly(tmp_path):
@@ -52,6 +52,26 @@ def test_exif_orientation_only_when_asked(tmp_path):
     Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(tmp_path / "a.png", exif=exif)
     assert read_image(tmp_path / "a.png")[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read_image(tmp_path / "a.png", orient=True)[..., 0].tolist() == [[3, 0], [4, 1], [5, 2]]
+    assert image_size(tmp_path / "a.png") == (2, 3) and image_size(tmp_path / "a.png", orient=True) == (3, 2)
+
+
+def test_size_is_read_without_decoding(tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb(9000, 8000))
+    assert image_size(tmp_path / "a.png", orient=True) == (8000, 9000)
+    with pytest.raises(FastcamError, match="image does not decode"):
+        image_size(b"no image")
+
+
+def test_bytes_are_read_like_the_file(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    assert np.array_equal(read_image((tmp_path / "a.png").read_bytes()), rgb)
+
+
+def test_formats_that_start_programs_are_not_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(FastcamError, match=r"a\.jpg does not decode: its content is none of JPEG"):
+        read_image(tmp_path / "a.jpg")
 
 
 def bomb(width, height):

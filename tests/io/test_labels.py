@@ -68,6 +68,6 @@ def test_missing_and_damaged_masks(tmp_path):
     [torch.zeros(4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.full((2, 2), 256), torch.full((2, 2), -1)],
 )
 def test_labels_that_do_not_fit_a_byte_map_are_refused(tmp_path, label):
-    with pytest.raises(ValueError, match="write_label_png: expected"):
+    with pytest.raises(ValueError, match="encode_label_png: expected"):
         write_label_png(tmp_path / "a.png", label)
     assert not list(tmp_path.iterdir())

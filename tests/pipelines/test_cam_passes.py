@@ -1,4 +1,4 @@
-"""make-cam, refine, label and pseudo-label."""
+"""make-cam, refine and label."""
 
 import dataclasses
 
@@ -18,7 +18,6 @@ from fastcam.pipelines import make_cam as make_cam_module
 from fastcam.pipelines._data import Data
 from fastcam.pipelines.label import Rule, label, label_image, two_threshold_label
 from fastcam.pipelines.make_cam import make_cam
-from fastcam.pipelines.pseudo_label import pseudo_label
 from fastcam.pipelines.refine import Crf, crf_scores, refine
 
 CRF = Crf(preset="psa", iterations=2, sxy=20)
@@ -259,25 +258,7 @@ class TestLabel:
             label(tmp_path / "cams", tmp_path / "out", threshold=0.3)
 
 
-class TestPseudoLabel:
-    def test_gives_the_labels_of_the_single_passes(self, root, data, weights, tmp_path):
-        folder = root / "JPEGImages"
-        both = dataclasses.replace(data, split="train+val")
-        make_cam(both, weights, tmp_path / "cams", scales=(1.0, 0.5), stride=1)
-        label(tmp_path / "cams", tmp_path / "labels", high=0.5, low=0.1, crf=CRF, data=both)
-        rule = {"high": 0.5, "low": 0.1, "crf": CRF, "scales": (1.0, 0.5)}
-        result = pseudo_label(folder, weights, tmp_path / "out", root / "image_labels.csv", **rule)
-        assert result.written == 16
-        for i in range(12):
-            one, other = (read_label_png(tmp_path / f / f"train_{i:04d}.png") for f in ("labels", "out"))
-            assert (one == other).float().mean() > 0.99  # the passes store float16 between them
-
-    def test_finished_images_are_skipped(self, root, weights, tmp_path, monkeypatch):
-        run = {"threshold": 0.3, "crf": None, "scales": (1.0,), "labels": root / "image_labels.csv"}
-        pseudo_label(root / "JPEGImages", weights, tmp_path, **run)
-        (tmp_path / "val_0002.png").unlink()
-        assert pseudo_label(root / "JPEGImages", weights, tmp_path, **run).written == 1
-
+class TestClassifierTags:
     def test_without_tags_the_classifier_chooses_the_classes(self, root, weights, tmp_path, monkeypatch):
         def tag_logits(self, images):
             return torch.tensor([[5.0, -5.0, -5.0, 5.0, -5.0, -5.0]]).expand(len(images), 6)
