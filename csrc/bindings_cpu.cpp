@@ -73,4 +73,5 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "random_walk", random_walk);
   bind(m, "region_pool_fwd", region_pool_fwd);
   bind(m, "region_pool_bwd", region_pool_bwd);
+  bind(m, "superpixel_slic_fwd", superpixel_slic_fwd);
 }

@@ -25,6 +25,7 @@ _LAZY = {  # public name -> module that defines it
     "path_affinity": "fastcam.ops.path_affinity",
     "pixel_refine": "fastcam.ops.pixel_refine",
     "random_walk": "fastcam.ops.random_walk",
+    "superpixel_slic": "fastcam.ops.superpixel_slic",
     "use_backend": "fastcam.backends",
     "BackendError": "fastcam.backends",
     "create_method": "fastcam.methods",

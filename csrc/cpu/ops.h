@@ -96,4 +96,10 @@ void random_walk(const void* x, const void* affinity, const int64_t* offsets, co
                  int64_t B, int64_t C, int64_t P, int64_t H, int64_t W, int64_t radius, int64_t power, int64_t degree,
                  bool chebyshev, bool transposed, int threads);
 
+// image (B, 3, H, W); gamma (256) and f: the tables of fastcam/_lab.py; a grid of rows x columns centres that look `reach`
+// pixels to every side and, but for the last time, at every stride-th row. Labels to out (B, H, W).
+void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out, int64_t B,
+                         int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
+                         double spread, int64_t iterations, bool connect, int threads);
+
 }  // namespace fastcam

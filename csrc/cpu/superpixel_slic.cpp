@@ -1,0 +1,331 @@
+// Superpixels by local k-means on whole numbers: image (B, 3, H, W) of 8 bits -> labels (B, H, W).
+//
+// Every centre looks at the windows of its own surroundings only, a row of 16 pixels at a time: once to offer itself to
+// the pixels, once to sum up those it got. Bands of rows are independent in the first, centres in the second.
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/math.h"
+#include "cpu/memory.h"
+#include "cpu/ops.h"
+#include "multiversion.h"
+#include "parallel.h"
+
+namespace fastcam {
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr uint16_t FAR = 65535;  // largest distance; as a label: no centre
+constexpr int64_t BAND = 24;     // rows that a task assigns
+constexpr int64_t SUMMED = 128;  // rows whose sums of 16 bits cannot overflow: colours are below 512
+typedef Lanes<uint16_t, LANES>::type V;
+
+struct Plan {
+  int64_t H, W, pitch, rows, columns, reach, stride;
+  int64_t patch_pitch;
+  std::vector<uint16_t> patch;  // place distances (2 reach + 1, patch_pitch), FAR beyond the window
+
+  Plan(int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride, double spread)
+      : H(H),
+        W(W),
+        pitch((W + 2 * LANES - 1) / LANES * LANES),
+        rows(rows),
+        columns(columns),
+        reach(reach),
+        stride(stride),
+        patch_pitch(2 * reach + 1 + LANES),
+        patch((2 * reach + 1) * patch_pitch, FAR) {
+    for (int64_t dy = -reach; dy <= reach; ++dy)
+      for (int64_t dx = -reach; dx <= reach; ++dx) {
+        const double d = spread * static_cast<double>(dy * dy + dx * dx) + 0.5;
+        patch[(dy + reach) * patch_pitch + dx + reach] = d < FAR ? static_cast<uint16_t>(d) : FAR;
+      }
+  }
+};
+
+struct Centre {
+  int32_t y, x;
+  uint16_t colour[3];
+};
+
+// Planes of one image, rows `pitch` apart. Behind the last column `best` stays 0 and `label` stays FAR.
+struct Planes {
+  Memory<uint16_t> colour[3], label, best;
+};
+
+struct Rows {  // [begin, end), only those that are `phase` modulo `stride`
+  int64_t begin, end, stride, phase;
+  int64_t first(int64_t y) const {
+    y = std::max(y, begin);
+    return y + ((phase - y) % stride + stride) % stride;
+  }
+};
+
+// colour <- its difference from the centre's, at most 127.
+FASTCAM_INLINE void subtract(V& colour, const V& centre) {
+  colour = colour > centre ? colour - centre : centre - colour;
+  colour = colour < 127 ? colour : V{} + 127;
+}
+
+// Centre k offers itself to the pixels of its window in `rows`.
+FASTCAM_MULTIVERSION
+void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t k, Rows rows) {
+  const V l = V{} + centre.colour[0], a = V{} + centre.colour[1], b = V{} + centre.colour[2];
+  const V number = V{} + static_cast<uint16_t>(k);
+  const int64_t begin = std::max<int64_t>(centre.x - plan.reach, 0);
+  const int64_t end = std::min(centre.x + plan.reach + 1, plan.W);
+  const int64_t last = std::min<int64_t>(rows.end, centre.y + plan.reach + 1);
+  for (int64_t y = rows.first(centre.y - plan.reach); y < last; y += rows.stride) {
+    const uint16_t* place = plan.patch.data() + (y - centre.y + plan.reach) * plan.patch_pitch - centre.x + plan.reach;
+    const int64_t row = y * plan.pitch;
+    for (int64_t x = begin; x < end; x += LANES) {
+      V dl = lanes<uint16_t, LANES>(planes.colour[0].get() + row + x);
+      V da = lanes<uint16_t, LANES>(planes.colour[1].get() + row + x);
+      V db = lanes<uint16_t, LANES>(planes.colour[2].get() + row + x);
+      subtract(dl, l);
+      subtract(da, a);
+      subtract(db, b);
+      const V near = dl * dl + da * da + db * db;  // at most 48387
+      V distance = near + lanes<uint16_t, LANES>(place + x);
+      distance = distance < near ? V{} + FAR : distance;
+      V& best = lanes<uint16_t, LANES>(planes.best.get() + row + x);
+      V& label = lanes<uint16_t, LANES>(planes.label.get() + row + x);
+      label = distance < best ? number : label;
+      best = distance < best ? distance : best;
+    }
+  }
+}
+
+struct Sums {
+  int64_t count = 0, y = 0, x = 0, colour[3] = {};
+};
+
+// The pixels of centre k's window in `rows` that carry its label.
+FASTCAM_MULTIVERSION
+void sum_up(const Plan& plan, const Planes& planes, const Centre& centre, int64_t k, Rows rows, Sums* sums) {
+  const V number = V{} + static_cast<uint16_t>(k);
+  const int64_t begin = std::max<int64_t>(centre.x - plan.reach, 0);
+  const int64_t end = std::min(centre.x + plan.reach + 1, plan.W);
+  const int64_t last = std::min<int64_t>(rows.end, centre.y + plan.reach + 1);
+  const V lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t from = rows.first(centre.y - plan.reach); from < last; from += SUMMED * rows.stride) {
+    const int64_t to = std::min(last, from + SUMMED * rows.stride);
+    for (int64_t x = begin; x < end; x += LANES) {
+      const V inside = reinterpret_cast<V>(lane < static_cast<uint16_t>(std::min(LANES, end - x)));
+      V count = {}, l = {}, a = {}, b = {}, line = {}, number_of_line = {};
+      for (int64_t y = from; y < to; y += rows.stride) {
+        const int64_t row = y * plan.pitch + x;
+        const V mine = reinterpret_cast<V>(lanes<uint16_t, LANES>(planes.label.get() + row) == number) & inside;
+        count -= mine;  // a true comparison is -1
+        l += mine & lanes<uint16_t, LANES>(planes.colour[0].get() + row);
+        a += mine & lanes<uint16_t, LANES>(planes.colour[1].get() + row);
+        b += mine & lanes<uint16_t, LANES>(planes.colour[2].get() + row);
+        line += mine & number_of_line;
+        number_of_line += 1;
+      }
+      for (int64_t i = 0; i < LANES; ++i) {
+        sums->count += count[i];
+        sums->y += from * count[i] + rows.stride * line[i];
+        sums->x += (x + i) * count[i];
+        sums->colour[0] += l[i];
+        sums->colour[1] += a[i];
+        sums->colour[2] += b[i];
+      }
+    }
+  }
+}
+
+// Colours in half units of Lab from tables; the numbers are those of fastcam/_lab.py.
+FASTCAM_MULTIVERSION
+void to_lab(const uint8_t* r, const uint8_t* g, const uint8_t* b, const int32_t* gamma, const int32_t* f, int64_t W,
+            uint16_t* l, uint16_t* a, uint16_t* out_b) {
+  for (int64_t x = 0; x < W; ++x) {
+    const int32_t red = gamma[r[x]], green = gamma[g[x]], blue = gamma[b[x]];
+    const int32_t fx = f[(1777 * red + 1541 * green + 778 * blue + 2048) >> 12];
+    const int32_t fy = f[(871 * red + 2929 * green + 296 * blue + 2048) >> 12];
+    const int32_t fz = f[(73 * red + 448 * green + 3575 * blue + 2048) >> 12];
+    l[x] = static_cast<uint16_t>(((232 * fy + 8192) >> 14) - 32);
+    a[x] = static_cast<uint16_t>(((1000 * (fx - fy) + 8192) >> 14) + 256);
+    out_b[x] = static_cast<uint16_t>(((400 * (fy - fz) + 8192) >> 14) + 256);
+  }
+}
+
+std::vector<Centre> start(const Plan& plan, const Planes& planes) {
+  const auto change = [&](int64_t y, int64_t x) {
+    const int64_t up = std::max<int64_t>(y - 1, 0), down = std::min(y + 1, plan.H - 1);
+    const int64_t left = std::max<int64_t>(x - 1, 0), right = std::min(x + 1, plan.W - 1);
+    int64_t sum = 0;
+    for (const auto& c : planes.colour)
+      sum += std::abs(c[down * plan.pitch + x] - c[up * plan.pitch + x]) +
+             std::abs(c[y * plan.pitch + right] - c[y * plan.pitch + left]);
+    return sum;
+  };
+  std::vector<Centre> centres;
+  for (int64_t i = 0; i < plan.rows; ++i)
+    for (int64_t j = 0; j < plan.columns; ++j) {
+      const int64_t cy = (2 * i + 1) * plan.H / (2 * plan.rows), cx = (2 * j + 1) * plan.W / (2 * plan.columns);
+      int64_t least = -1, y = cy, x = cx;
+      for (int64_t dy = -1; dy <= 1; ++dy)
+        for (int64_t dx = -1; dx <= 1; ++dx) {
+          const int64_t v = std::min(std::max<int64_t>(cy + dy, 0), plan.H - 1);
+          const int64_t u = std::min(std::max<int64_t>(cx + dx, 0), plan.W - 1);
+          const int64_t here = change(v, u);
+          if (least >= 0 && here >= least) continue;
+          least = here;
+          y = v;
+          x = u;
+        }
+      const int64_t at = y * plan.pitch + x;
+      centres.push_back({static_cast<int32_t>(y),
+                         static_cast<int32_t>(x),
+                         {planes.colour[0][at], planes.colour[1][at], planes.colour[2][at]}});
+    }
+  return centres;
+}
+
+void assign(const Plan& plan, const Planes& planes, const std::vector<Centre>& centres, int64_t stride, int64_t phase,
+            int threads) {
+  const int64_t bands = (plan.H + BAND - 1) / BAND, K = centres.size();
+  // Centres that reach into each band, in order.
+  std::vector<std::vector<int32_t>> near(bands);
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t first = std::max<int64_t>(centres[k].y - plan.reach, 0) / BAND;
+    const int64_t last = std::min(centres[k].y + plan.reach, plan.H - 1) / BAND;
+    for (int64_t band = first; band <= last; ++band) near[band].push_back(static_cast<int32_t>(k));
+  }
+  parallel_for(bands, 1, threads, [&](int64_t band, int64_t) {
+    const Rows rows = {band * BAND, std::min(plan.H, (band + 1) * BAND), stride, phase};
+    for (int64_t y = rows.first(rows.begin); y < rows.end; y += stride)
+      std::fill_n(planes.best.get() + y * plan.pitch, plan.W, FAR);
+    for (const int32_t k : near[band]) offer(plan, planes, centres[k], k, rows);
+  });
+}
+
+void update(const Plan& plan, const Planes& planes, std::vector<Centre>& centres, int64_t stride, int64_t phase,
+            int threads) {
+  parallel_for(centres.size(), 16, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      Sums sums;
+      sum_up(plan, planes, centres[k], k, {0, plan.H, stride, phase}, &sums);
+      if (sums.count == 0) continue;
+      const auto mean = [&](int64_t sum) { return (sum + sums.count / 2) / sums.count; };
+      centres[k].y = static_cast<int32_t>(mean(sums.y));
+      centres[k].x = static_cast<int32_t>(mean(sums.x));
+      for (int c = 0; c < 3; ++c) centres[k].colour[c] = static_cast<uint16_t>(mean(sums.colour[c]));
+    }
+  });
+}
+
+// Horizontal runs of equal labels, joined to 4-connected pieces: `parent` leads to a piece's first run in scan order.
+class Pieces {
+ public:
+  Pieces(const Plan& plan, const uint16_t* label) : plan_(plan), first_run_(plan.H + 1) {
+    for (int64_t y = 0; y < plan.H; ++y) {
+      const uint16_t* row = label + y * plan.pitch;
+      const int64_t above = y > 0 ? first_run_[y - 1] : 0, here = first_run_[y];
+      for (int64_t x = 0; x < plan.W; ++x)
+        if (x == 0 || row[x] != row[x - 1]) {
+          begin_.push_back(static_cast<int32_t>(x));
+          parent_.push_back(static_cast<int32_t>(parent_.size()));
+        }
+      const int64_t end = begin_.size();
+      first_run_[y + 1] = static_cast<int32_t>(end);
+      if (y == 0) continue;
+      for (int64_t i = above, j = here; i < here && j < end;) {
+        const int64_t i_end = i + 1 < here ? begin_[i + 1] : plan.W, j_end = j + 1 < end ? begin_[j + 1] : plan.W;
+        if (row[begin_[i] - plan.pitch] == row[begin_[j]]) unite(static_cast<int32_t>(i), static_cast<int32_t>(j));
+        i += i_end <= j_end;
+        j += j_end <= i_end;
+      }
+    }
+  }
+
+  // Numbers of pieces in scan order, those with less than H W / (4 K) pixels counted to others, to out (H, W).
+  void write(int64_t K, int32_t* out) {
+    const int64_t runs = begin_.size();
+    std::vector<int64_t> size(runs);
+    for (int64_t y = 0; y < plan_.H; ++y)
+      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) size[find(i)] += end(i, y) - begin_[i];
+    std::vector<int32_t> number(runs);
+    int32_t count = 0;
+    for (int64_t y = 0; y < plan_.H; ++y) {
+      int32_t above = y > 0 ? first_run_[y - 1] : 0;
+      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) {
+        const int32_t root = find(i);
+        if (root != i) {
+          number[i] = number[root];
+        } else if (i == 0 || size[i] * 4 * K >= plan_.H * plan_.W) {
+          number[i] = count++;
+        } else if (y == 0) {
+          number[i] = number[i - 1];
+        } else {
+          while (end(above, y - 1) <= begin_[i]) ++above;
+          number[i] = number[above];
+        }
+        std::fill(out + y * plan_.W + begin_[i], out + y * plan_.W + end(i, y), number[i]);
+      }
+    }
+  }
+
+ private:
+  int64_t end(int32_t run, int64_t y) const { return run + 1 < first_run_[y + 1] ? begin_[run + 1] : plan_.W; }
+  int32_t find(int32_t run) {
+    while (parent_[run] != run) run = parent_[run] = parent_[parent_[run]];
+    return run;
+  }
+  void unite(int32_t a, int32_t b) {
+    a = find(a);
+    b = find(b);
+    parent_[std::max(a, b)] = std::min(a, b);
+  }
+
+  const Plan& plan_;
+  std::vector<int32_t> first_run_, begin_, parent_;
+};
+
+void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out,
+             int64_t iterations, bool connect, int threads) {
+  Planes planes;
+  for (auto& c : planes.colour) c = buffer<uint16_t>(plan.H * plan.pitch);
+  planes.label = buffer<uint16_t>(plan.H * plan.pitch);
+  planes.best = buffer<uint16_t>(plan.H * plan.pitch);
+  const int64_t P = plan.H * plan.W;
+  parallel_for(plan.H, BAND, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t y = begin; y < end; ++y) {
+      const int64_t row = y * plan.pitch;
+      const uint8_t* rgb = image + y * plan.W;
+      to_lab(rgb, rgb + P, rgb + 2 * P, gamma, f, plan.W, planes.colour[0].get() + row, planes.colour[1].get() + row,
+             planes.colour[2].get() + row);
+      const int64_t cell = y * plan.rows / plan.H * plan.columns;
+      for (int64_t x = 0; x < plan.W; ++x)
+        planes.label[row + x] = static_cast<uint16_t>(cell + x * plan.columns / plan.W);
+      std::fill(planes.label.get() + row + plan.W, planes.label.get() + row + plan.pitch, FAR);
+      std::fill(planes.best.get() + row + plan.W, planes.best.get() + row + plan.pitch, uint16_t(0));
+    }
+  });
+  std::vector<Centre> centres = start(plan, planes);
+  for (int64_t t = 0; t < iterations; ++t) {
+    assign(plan, planes, centres, plan.stride, t % plan.stride, threads);
+    update(plan, planes, centres, plan.stride, t % plan.stride, threads);
+  }
+  assign(plan, planes, centres, 1, 0, threads);
+  if (connect) return Pieces(plan, planes.label.get()).write(plan.rows * plan.columns, out);
+  for (int64_t y = 0; y < plan.H; ++y)
+    for (int64_t x = 0; x < plan.W; ++x) out[y * plan.W + x] = planes.label[y * plan.pitch + x];
+}
+
+}  // namespace
+
+void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out, int64_t B,
+                         int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
+                         double spread, int64_t iterations, bool connect, int threads) {
+  const Plan plan(H, W, rows, columns, reach, stride, spread);
+  const auto one = [&](int64_t b, int inner) {
+    segment(plan, image + b * 3 * H * W, gamma, f, out + b * H * W, iterations, connect, inner);
+  };
+  if (B >= threads && B > 1) return parallel_for(B, 1, threads, [&](int64_t b, int64_t) { one(b, 1); });
+  for (int64_t b = 0; b < B; ++b) one(b, threads);
+}
+
+}  // namespace fastcam

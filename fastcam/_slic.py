@@ -1,0 +1,30 @@
+"""What the backends of ``superpixel_slic`` share: the grid of centres."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """Rows and columns of centres, how far each looks to every side, and which rows an iteration looks at."""
+
+    rows: int
+    columns: int
+    reach: int
+    stride: int
+
+
+def grid(H: int, W: int, n_segments: int) -> Grid:
+    """The grid of about ``n_segments`` centres on an image of ``H x W`` pixels, both positive."""
+    rows = min(max(1, round(math.sqrt(n_segments * H / W))), H, n_segments)
+    columns = min(max(1, round(n_segments / rows)), W)
+    while rows * columns > 65535:
+        columns -= 1
+    reach = max(-(-H // rows), -(-W // columns))
+    return Grid(rows, columns, reach, min(3, max(1, reach // 4)))
+
+
+def spread(H: int, W: int, centres: int, compactness: float) -> float:
+    """What a squared distance in pixels counts in quarters of a squared unit of colour: (2 m / S)^2."""
+    return 4 * compactness * compactness * centres / (H * W)
