@@ -5,6 +5,7 @@
 #include "cpu/lattice.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
+#include "cpu/region_graph.h"
 
 namespace {
 
@@ -45,6 +46,23 @@ void bind_memory(pybind11::module_& m) {
       .attr("LARGE") = static_cast<int64_t>(fastcam::LARGE_PAGE);
 }
 
+void bind_region_graph(pybind11::module_& m) {
+  using fastcam::RegionGraph;
+  pybind11::class_<RegionGraph>(m, "RegionGraph")
+      .def(pybind11::init([](uintptr_t labels, int64_t B, int64_t H, int64_t W, int threads) {
+             return std::make_unique<RegionGraph>(reinterpret_cast<const int32_t*>(labels), B, H, W, threads);
+           }),
+           pybind11::call_guard<pybind11::gil_scoped_release>())
+      .def_property_readonly("edges", &RegionGraph::edges)
+      .def_property_readonly("regions", &RegionGraph::regions)
+      .def("copy_to", [](const RegionGraph& graph, uintptr_t edges, uintptr_t border, uintptr_t area,
+                         uintptr_t perimeter, uintptr_t counts) {
+        graph.copy_to(reinterpret_cast<int64_t*>(edges), reinterpret_cast<int64_t*>(border),
+                      reinterpret_cast<int64_t*>(area), reinterpret_cast<int64_t*>(perimeter),
+                      reinterpret_cast<int64_t*>(counts));
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -71,7 +89,11 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
   bind(m, "random_walk", random_walk);
+  bind_region_graph(m);
   bind(m, "region_pool_fwd", region_pool_fwd);
   bind(m, "region_pool_bwd", region_pool_bwd);
+  bind(m, "region_reduce_fwd", region_reduce_fwd);
+  bind(m, "region_reduce_bwd", region_reduce_bwd);
+  bind(m, "region_reduce_hist", region_reduce_hist);
   bind(m, "superpixel_slic_fwd", superpixel_slic_fwd);
 }

@@ -25,6 +25,8 @@ _LAZY = {  # public name -> module that defines it
     "path_affinity": "fastcam.ops.path_affinity",
     "pixel_refine": "fastcam.ops.pixel_refine",
     "random_walk": "fastcam.ops.random_walk",
+    "region_graph": "fastcam.ops.region_graph",
+    "region_reduce": "fastcam.ops.region_reduce",
     "superpixel_slic": "fastcam.ops.superpixel_slic",
     "use_backend": "fastcam.backends",
     "BackendError": "fastcam.backends",

@@ -33,3 +33,17 @@ def check_same(op: str, **tensors: Tensor) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_labels(op: str, **tensors: Tensor) -> None:
+    """All tensors are of an integer dtype.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    for name, x in tensors.items():
+        if x.dtype not in INTEGERS:
+            raise TypeError(f"{op}: expected {name} of an integer dtype, got {_name(x.dtype)}")

@@ -96,8 +96,18 @@ void random_walk(const void* x, const void* affinity, const int64_t* offsets, co
                  int64_t B, int64_t C, int64_t P, int64_t H, int64_t W, int64_t radius, int64_t power, int64_t degree,
                  bool chebyshev, bool transposed, int threads);
 
-// image (B, 3, H, W); gamma (256) and f: the tables of fastcam/_lab.py; a grid of rows x columns centres that look `reach`
-// pixels to every side and, but for the last time, at every stride-th row. Labels to out (B, H, W).
+// x (B, C, P), labels (B, P), out (B, S, C); reduce: mean, sum, max; stat: areas (B, S), or for max the pixels (B, S,
+// C). Return -1, or a label of S and above, which is refused.
+int64_t region_reduce_fwd(const void* x, const int64_t* labels, void* out, int64_t* stat, bool f64, int64_t B,
+                          int64_t C, int64_t P, int64_t S, int reduce, int threads);
+void region_reduce_bwd(const void* grad, const int64_t* labels, const int64_t* stat, void* grad_x, bool f64, int64_t B,
+                       int64_t C, int64_t P, int64_t S, int reduce, int threads);
+// Adds to out (B, S, C, bins). kind: what x holds, 0 float, 1 double, 2 int64.
+int64_t region_reduce_hist(const void* x, const int64_t* labels, int64_t* out, int kind, int64_t B, int64_t C,
+                           int64_t P, int64_t S, int64_t bins, double low, double high, int threads);
+
+// image (B, 3, H, W); gamma (256) and f: the tables of fastcam/_lab.py; a grid of rows x columns centres that look
+// `reach` pixels to every side and, but for the last time, at every stride-th row. Labels to out (B, H, W).
 void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out, int64_t B,
                          int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
                          double spread, int64_t iterations, bool connect, int threads);
