@@ -90,6 +90,8 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "prototype_similarity_bwd", prototype_similarity_bwd);
   bind(m, "random_walk", random_walk);
   bind_region_graph(m);
+  bind(m, "region_merge_fwd", region_merge_fwd);
+  bind(m, "region_merge_describe", region_merge_describe);
   bind(m, "region_pool_fwd", region_pool_fwd);
   bind(m, "region_pool_bwd", region_pool_bwd);
   bind(m, "region_reduce_fwd", region_reduce_fwd);

@@ -26,6 +26,7 @@ _LAZY = {  # public name -> module that defines it
     "pixel_refine": "fastcam.ops.pixel_refine",
     "random_walk": "fastcam.ops.random_walk",
     "region_graph": "fastcam.ops.region_graph",
+    "region_merge": "fastcam.ops.region_merge",
     "region_reduce": "fastcam.ops.region_reduce",
     "superpixel_slic": "fastcam.ops.superpixel_slic",
     "use_backend": "fastcam.backends",

@@ -96,6 +96,19 @@ void random_walk(const void* x, const void* affinity, const int64_t* offsets, co
                  int64_t B, int64_t C, int64_t P, int64_t H, int64_t W, int64_t radius, int64_t power, int64_t degree,
                  bool chebyshev, bool transposed, int threads);
 
+// Graphs of B images one behind the other, as region_graph gives them; sizes (B, 2): edges and regions of each. sums
+// (S, 3) of colours, hist (S, F) counts of `channels` histograms. weight, criterion: the orders of WEIGHTS and CRITERIA
+// in fastcam/ops/region_merge.py. merges (S, 3): round, kept, absorbed; numbers (S, 2): value, threshold; counts (B):
+// how many merges, from each image's first row on.
+void region_merge_fwd(const int64_t* edges, const int64_t* border, const int64_t* area, const int64_t* perimeter,
+                      const double* sums, const double* hist, const int64_t* sizes, int64_t* merges, double* numbers,
+                      int64_t* counts, int64_t B, int64_t F, int64_t channels, int weight, int criterion, double start,
+                      double stop, double factor, double fraction, double penalty, int threads);
+// Adds the colours and counts of image (B, 3, P) by labels (B, P) to sums (S, 3) and hist (S, 3 bins).
+void region_merge_describe(const uint8_t* image, const int32_t* labels, const int32_t* gamma, const int32_t* f,
+                           const int64_t* sizes, double* sums, double* hist, int64_t B, int64_t P, int64_t bins,
+                           int threads);
+
 // x (B, C, P), labels (B, P), out (B, S, C); reduce: mean, sum, max; stat: areas (B, S), or for max the pixels (B, S,
 // C). Return -1, or a label of S and above, which is refused.
 int64_t region_reduce_fwd(const void* x, const int64_t* labels, void* out, int64_t* stat, bool f64, int64_t B,

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/lab.h"
 #include "cpu/math.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
@@ -136,19 +137,10 @@ void sum_up(const Plan& plan, const Planes& planes, const Centre& centre, int64_
   }
 }
 
-// Colours in half units of Lab from tables; the numbers are those of fastcam/_lab.py.
 FASTCAM_MULTIVERSION
-void to_lab(const uint8_t* r, const uint8_t* g, const uint8_t* b, const int32_t* gamma, const int32_t* f, int64_t W,
-            uint16_t* l, uint16_t* a, uint16_t* out_b) {
-  for (int64_t x = 0; x < W; ++x) {
-    const int32_t red = gamma[r[x]], green = gamma[g[x]], blue = gamma[b[x]];
-    const int32_t fx = f[(1777 * red + 1541 * green + 778 * blue + 2048) >> 12];
-    const int32_t fy = f[(871 * red + 2929 * green + 296 * blue + 2048) >> 12];
-    const int32_t fz = f[(73 * red + 448 * green + 3575 * blue + 2048) >> 12];
-    l[x] = static_cast<uint16_t>(((232 * fy + 8192) >> 14) - 32);
-    a[x] = static_cast<uint16_t>(((1000 * (fx - fy) + 8192) >> 14) + 256);
-    out_b[x] = static_cast<uint16_t>(((400 * (fy - fz) + 8192) >> 14) + 256);
-  }
+void lab_row(const uint8_t* rgb, int64_t P, const int32_t* gamma, const int32_t* f, int64_t W, uint16_t* l, uint16_t* a,
+             uint16_t* b) {
+  to_lab(rgb, rgb + P, rgb + 2 * P, gamma, f, W, l, a, b);
 }
 
 std::vector<Centre> start(const Plan& plan, const Planes& planes) {
@@ -294,9 +286,8 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
   parallel_for(plan.H, BAND, threads, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       const int64_t row = y * plan.pitch;
-      const uint8_t* rgb = image + y * plan.W;
-      to_lab(rgb, rgb + P, rgb + 2 * P, gamma, f, plan.W, planes.colour[0].get() + row, planes.colour[1].get() + row,
-             planes.colour[2].get() + row);
+      lab_row(image + y * plan.W, P, gamma, f, plan.W, planes.colour[0].get() + row, planes.colour[1].get() + row,
+              planes.colour[2].get() + row);
       const int64_t cell = y * plan.rows / plan.H * plan.columns;
       for (int64_t x = 0; x < plan.W; ++x)
         planes.label[row + x] = static_cast<uint16_t>(cell + x * plan.columns / plan.W);
