@@ -26,5 +26,5 @@ def grid(H: int, W: int, n_segments: int) -> Grid:
 
 
 def spread(H: int, W: int, centres: int, compactness: float) -> float:
-    """What a squared distance in pixels counts in quarters of a squared unit of colour: (2 m / S)^2."""
-    return 4 * compactness * compactness * centres / (H * W)
+    """What a pixel of distance counts in half units of colour: 2 m / S."""
+    return 2 * compactness * math.sqrt(centres / (H * W))

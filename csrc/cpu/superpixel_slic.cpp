@@ -17,15 +17,17 @@ namespace fastcam {
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr uint16_t FAR = 65535;  // largest distance; as a label: no centre
-constexpr int64_t BAND = 24;     // rows that a task assigns
-constexpr int64_t SUMMED = 128;  // rows whose sums of 16 bits cannot overflow: colours are below 512
+constexpr uint16_t NOWHERE = 65535;   // the label of no centre
+constexpr uint16_t OUTSIDE = 64000;   // distance of places outside a window; colours add at most 1224
+constexpr uint16_t FARTHEST = 62000;  // distance of places inside
+constexpr int64_t BAND = 24;          // rows that a task assigns
+constexpr int64_t SUMMED = 128;       // rows whose sums of 16 bits cannot overflow: colours are below 512
 typedef Lanes<uint16_t, LANES>::type V;
 
 struct Plan {
   int64_t H, W, pitch, rows, columns, reach, stride;
   int64_t patch_pitch;
-  std::vector<uint16_t> patch;  // place distances (2 reach + 1, patch_pitch), FAR beyond the window
+  std::vector<uint16_t> patch;  // place distances (2 reach + 1, patch_pitch), OUTSIDE beyond the window
 
   Plan(int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride, double spread)
       : H(H),
@@ -36,11 +38,11 @@ struct Plan {
         reach(reach),
         stride(stride),
         patch_pitch(2 * reach + 1 + LANES),
-        patch((2 * reach + 1) * patch_pitch, FAR) {
+        patch((2 * reach + 1) * patch_pitch, OUTSIDE) {
     for (int64_t dy = -reach; dy <= reach; ++dy)
       for (int64_t dx = -reach; dx <= reach; ++dx) {
-        const double d = spread * static_cast<double>(dy * dy + dx * dx) + 0.5;
-        patch[(dy + reach) * patch_pitch + dx + reach] = d < FAR ? static_cast<uint16_t>(d) : FAR;
+        const double d = spread * static_cast<double>(std::abs(dy) + std::abs(dx)) + 0.5;
+        patch[(dy + reach) * patch_pitch + dx + reach] = d < FARTHEST ? static_cast<uint16_t>(d) : FARTHEST;
       }
   }
 };
@@ -50,7 +52,7 @@ struct Centre {
   uint16_t colour[3];
 };
 
-// Planes of one image, rows `pitch` apart. Behind the last column `best` stays 0 and `label` stays FAR.
+// Planes of one image, rows `pitch` apart. Behind the last column `best` stays 0 and `label` stays NOWHERE.
 struct Planes {
   Memory<uint16_t> colour[3], label, best;
 };
@@ -63,10 +65,9 @@ struct Rows {  // [begin, end), only those that are `phase` modulo `stride`
   }
 };
 
-// colour <- its difference from the centre's, at most 127.
+// colour <- its distance from the centre's.
 FASTCAM_INLINE void subtract(V& colour, const V& centre) {
   colour = colour > centre ? colour - centre : centre - colour;
-  colour = colour < 127 ? colour : V{} + 127;
 }
 
 // Centre k offers itself to the pixels of its window in `rows`.
@@ -87,9 +88,7 @@ void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t
       subtract(dl, l);
       subtract(da, a);
       subtract(db, b);
-      const V near = dl * dl + da * da + db * db;  // at most 48387
-      V distance = near + lanes<uint16_t, LANES>(place + x);
-      distance = distance < near ? V{} + FAR : distance;
+      const V distance = dl + da + db + lanes<uint16_t, LANES>(place + x);
       V& best = lanes<uint16_t, LANES>(planes.best.get() + row + x);
       V& label = lanes<uint16_t, LANES>(planes.label.get() + row + x);
       label = distance < best ? number : label;
@@ -189,7 +188,7 @@ void assign(const Plan& plan, const Planes& planes, const std::vector<Centre>& c
   parallel_for(bands, 1, threads, [&](int64_t band, int64_t) {
     const Rows rows = {band * BAND, std::min(plan.H, (band + 1) * BAND), stride, phase};
     for (int64_t y = rows.first(rows.begin); y < rows.end; y += stride)
-      std::fill_n(planes.best.get() + y * plan.pitch, plan.W, FAR);
+      std::fill_n(planes.best.get() + y * plan.pitch, plan.W, OUTSIDE);
     for (const int32_t k : near[band]) offer(plan, planes, centres[k], k, rows);
   });
 }
@@ -215,52 +214,89 @@ class Pieces {
   Pieces(const Plan& plan, const uint16_t* label) : plan_(plan), first_run_(plan.H + 1) {
     for (int64_t y = 0; y < plan.H; ++y) {
       const uint16_t* row = label + y * plan.pitch;
-      const int64_t above = y > 0 ? first_run_[y - 1] : 0, here = first_run_[y];
       for (int64_t x = 0; x < plan.W; ++x)
         if (x == 0 || row[x] != row[x - 1]) {
           begin_.push_back(static_cast<int32_t>(x));
+          label_.push_back(row[x]);
           parent_.push_back(static_cast<int32_t>(parent_.size()));
         }
-      const int64_t end = begin_.size();
-      first_run_[y + 1] = static_cast<int32_t>(end);
+      first_run_[y + 1] = static_cast<int32_t>(begin_.size());
       if (y == 0) continue;
-      for (int64_t i = above, j = here; i < here && j < end;) {
-        const int64_t i_end = i + 1 < here ? begin_[i + 1] : plan.W, j_end = j + 1 < end ? begin_[j + 1] : plan.W;
-        if (row[begin_[i] - plan.pitch] == row[begin_[j]]) unite(static_cast<int32_t>(i), static_cast<int32_t>(j));
-        i += i_end <= j_end;
-        j += j_end <= i_end;
-      }
+      each_overlap(y, [&](int32_t i, int32_t j) {
+        if (label_[i] == label_[j]) unite(i, j);
+      });
     }
   }
 
-  // Numbers of pieces in scan order, those with less than H W / (4 K) pixels counted to others, to out (H, W).
-  void write(int64_t K, int32_t* out) {
-    const int64_t runs = begin_.size();
+  // Numbers of pieces in scan order to out (H, W); those with less than H W / (4 K) pixels join others.
+  void write(const std::vector<Centre>& centres, int32_t* out) {
+    const int32_t runs = static_cast<int32_t>(begin_.size());
+    const int64_t K = centres.size();
     std::vector<int64_t> size(runs);
     for (int64_t y = 0; y < plan_.H; ++y)
       for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) size[find(i)] += end(i, y) - begin_[i];
-    std::vector<int32_t> number(runs);
-    int32_t count = 0;
+    const auto small = [&](int32_t root) { return size[root] * 4 * K < plan_.H * plan_.W; };
+
+    // For every small piece the large one beside it that is nearest in colour, the earlier one of two.
+    std::vector<int64_t> nearest(runs, NONE);
+    const auto offer = [&](int32_t root, int32_t other) {
+      if (!small(root) || small(other)) return;
+      const Centre &a = centres[label_[root]], &b = centres[label_[other]];
+      int64_t distance = 0;
+      for (int c = 0; c < 3; ++c) distance += std::abs(a.colour[c] - b.colour[c]);
+      nearest[root] = std::min(nearest[root], distance << 32 | other);
+    };
+    const auto beside = [&](int32_t a, int32_t b) {
+      a = find(a);
+      b = find(b);
+      if (a == b) return;
+      offer(a, b);
+      offer(b, a);
+    };
+    for (int64_t y = 0; y < plan_.H; ++y) {
+      for (int32_t i = first_run_[y]; i + 1 < first_run_[y + 1]; ++i) beside(i, i + 1);
+      if (y > 0) each_overlap(y, beside);
+    }
+
+    std::vector<int32_t> joined(runs, -1);  // of a small piece: the one that it becomes a part of
     for (int64_t y = 0; y < plan_.H; ++y) {
       int32_t above = y > 0 ? first_run_[y - 1] : 0;
       for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) {
-        const int32_t root = find(i);
-        if (root != i) {
-          number[i] = number[root];
-        } else if (i == 0 || size[i] * 4 * K >= plan_.H * plan_.W) {
-          number[i] = count++;
-        } else if (y == 0) {
-          number[i] = number[i - 1];
-        } else {
+        if (find(i) != i || !small(i)) continue;
+        if (nearest[i] != NONE) {
+          joined[i] = static_cast<int32_t>(nearest[i] & 0x7fffffff);
+        } else if (y == 0 && i > 0) {
+          joined[i] = find(i - 1);
+        } else if (y > 0) {
           while (end(above, y - 1) <= begin_[i]) ++above;
-          number[i] = number[above];
+          joined[i] = find(above);
         }
-        std::fill(out + y * plan_.W + begin_[i], out + y * plan_.W + end(i, y), number[i]);
       }
     }
+    std::vector<int32_t> number(runs, -1);
+    int32_t count = 0;
+    for (int64_t y = 0; y < plan_.H; ++y)
+      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) {
+        int32_t root = find(i);
+        while (joined[root] >= 0) root = joined[root];
+        if (number[root] < 0) number[root] = count++;
+        std::fill(out + y * plan_.W + begin_[i], out + y * plan_.W + end(i, y), number[root]);
+      }
   }
 
  private:
+  static constexpr int64_t NONE = INT64_MAX;
+
+  // f(i, j) for all runs i of row y - 1 and j of row y that touch.
+  template <typename F>
+  void each_overlap(int64_t y, F f) {
+    for (int32_t i = first_run_[y - 1], j = first_run_[y]; j < first_run_[y + 1];) {
+      const int64_t i_end = end(i, y - 1), j_end = end(j, y);
+      f(i, j);
+      i += i_end <= j_end;
+      j += j_end <= i_end;
+    }
+  }
   int64_t end(int32_t run, int64_t y) const { return run + 1 < first_run_[y + 1] ? begin_[run + 1] : plan_.W; }
   int32_t find(int32_t run) {
     while (parent_[run] != run) run = parent_[run] = parent_[parent_[run]];
@@ -274,6 +310,7 @@ class Pieces {
 
   const Plan& plan_;
   std::vector<int32_t> first_run_, begin_, parent_;
+  std::vector<uint16_t> label_;
 };
 
 void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out,
@@ -291,7 +328,7 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
       const int64_t cell = y * plan.rows / plan.H * plan.columns;
       for (int64_t x = 0; x < plan.W; ++x)
         planes.label[row + x] = static_cast<uint16_t>(cell + x * plan.columns / plan.W);
-      std::fill(planes.label.get() + row + plan.W, planes.label.get() + row + plan.pitch, FAR);
+      std::fill(planes.label.get() + row + plan.W, planes.label.get() + row + plan.pitch, NOWHERE);
       std::fill(planes.best.get() + row + plan.W, planes.best.get() + row + plan.pitch, uint16_t(0));
     }
   });
@@ -301,7 +338,7 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
     update(plan, planes, centres, plan.stride, t % plan.stride, threads);
   }
   assign(plan, planes, centres, 1, 0, threads);
-  if (connect) return Pieces(plan, planes.label.get()).write(plan.rows * plan.columns, out);
+  if (connect) return Pieces(plan, planes.label.get()).write(centres, out);
   for (int64_t y = 0; y < plan.H; ++y)
     for (int64_t x = 0; x < plan.W; ++x) out[y * plan.W + x] = planes.label[y * plan.pitch + x];
 }

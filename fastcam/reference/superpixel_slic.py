@@ -8,8 +8,8 @@ from torch import Tensor
 from fastcam._lab import rgb_to_lab, to_bytes
 from fastcam._slic import Grid, grid, spread
 
-LIMIT = 127  # half units of colour difference that count in one channel
-FAR = 65535  # largest distance, and the one of a centre out of reach
+FARTHEST = 62000  # what distance in the plane counts at most
+BASE = 65536  # above all distances and numbers of centres
 
 
 def superpixel_slic_fwd(
@@ -21,12 +21,15 @@ def superpixel_slic_fwd(
         return torch.zeros(B, H, W, dtype=torch.int32, device=image.device)
     lab = rgb_to_lab(to_bytes("superpixel_slic", image))
     plan = grid(H, W, n_segments)
-    labels = torch.stack([_cluster(one, plan, compactness, iterations) for one in lab])
-    return (join_small(labels, plan.rows * plan.columns) if connect else labels).to(torch.int32)
+    out = []
+    for one in lab:
+        labels, colours = _cluster(one, plan, compactness, iterations)
+        out.append(join_small(labels, colours) if connect else labels)
+    return torch.stack(out).to(torch.int32)
 
 
-def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> Tensor:
-    """Lab ``(3, H, W)`` -> each pixel's centre, int64 ``(H, W)``."""
+def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Lab ``(3, H, W)`` -> each pixel's centre, int64 ``(H, W)``, and the centres' colours ``(3, K)``."""
     H, W = lab.shape[1:]
     rows, columns, reach, stride = plan
     K = rows * columns
@@ -40,8 +43,8 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> Te
     colours = lab[:, centres[0], centres[1]].long()
 
     offsets = torch.arange(-reach, reach + 1, device=lab.device)
-    square = offsets * offsets
-    place = (spread(H, W, K, compactness) * (square[:, None] + square).double() + 0.5).floor().clamp(max=FAR).long()
+    steps = (offsets.abs()[:, None] + offsets.abs()).double()
+    place = (spread(H, W, K, compactness) * steps + 0.5).floor().clamp(max=FARTHEST).long()
     number = torch.arange(K, device=lab.device)[:, None, None]
     for t in range(iterations + 1):
         last = t == iterations
@@ -51,11 +54,10 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> Te
             inside = inside & (wy % stride == t % stride)
         at = wy.clamp(0, H - 1) * W + wx.clamp(0, W - 1)
         seen = lab.flatten(1)[:, at]
-        difference = (seen - colours[:, :, None, None]).abs().clamp(max=LIMIT)
-        distance = (difference.square().sum(0) + place).clamp(max=FAR)
-        key = torch.where(inside & (distance < FAR), distance, FAR) * (FAR + 1) + number
-        nearest = labels.new_full((H * W,), FAR * (FAR + 1)).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
-        labels = torch.where(nearest < FAR * (FAR + 1), nearest % (FAR + 1), labels.flatten()).view(H, W)
+        distance = (seen - colours[:, :, None, None]).abs().sum(0) + place
+        key = torch.where(inside, distance * BASE + number, BASE * BASE)
+        nearest = labels.new_full((H * W,), BASE * BASE).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
+        labels = torch.where(nearest < BASE * BASE, nearest % BASE, labels.flatten()).view(H, W)
         if last:
             break
         mine = (inside & (labels.flatten()[at] == number)).long()
@@ -64,20 +66,15 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> Te
         means = [((part * mine).sum((1, 2)) + count // 2) // count.clamp(min=1) for part in parts]
         moved = torch.where(count > 0, torch.stack(means), torch.cat([centres, colours]))
         centres, colours = moved[:2], moved[2:]
-    return labels
+    return labels, colours
 
 
 def _to_lowest_gradient(lab: Tensor, centres: Tensor) -> Tensor:
     """Centres ``(2, K)`` moved to the pixel around them, the first in scan order, whose colours change least."""
     H, W = lab.shape[1:]
-    down, up = (
-        (torch.arange(H, device=lab.device) + 1).clamp(max=H - 1),
-        (torch.arange(H, device=lab.device) - 1).clamp(min=0),
-    )
-    right, left = (
-        (torch.arange(W, device=lab.device) + 1).clamp(max=W - 1),
-        (torch.arange(W, device=lab.device) - 1).clamp(min=0),
-    )
+    rows, columns = torch.arange(H, device=lab.device), torch.arange(W, device=lab.device)
+    down, up = (rows + 1).clamp(max=H - 1), (rows - 1).clamp(min=0)
+    right, left = (columns + 1).clamp(max=W - 1), (columns - 1).clamp(min=0)
     change = (lab[:, down] - lab[:, up]).abs() + (lab[:, :, right] - lab[:, :, left]).abs()
     step = torch.arange(-1, 2, device=lab.device)
     y = (centres[0][:, None] + step.repeat_interleave(3)).clamp(0, H - 1)
@@ -86,38 +83,54 @@ def _to_lowest_gradient(lab: Tensor, centres: Tensor) -> Tensor:
     return torch.cat([y.gather(1, best), x.gather(1, best)], 1).T
 
 
-def join_small(labels: Tensor, centres: int) -> Tensor:
-    """The 4-connected pieces of labels ``(B, H, W)``, the small ones joined to others, numbered in scan order."""
-    B, H, W = labels.shape
-    root = pieces(labels)
-    flat = root.flatten(1)
-    size = torch.zeros_like(flat).scatter_add_(1, flat, torch.ones_like(flat))
-    pixel = torch.arange(H * W, device=labels.device).expand(B, -1)
-    before = torch.where(pixel >= W, pixel - W, (pixel - 1).clamp(min=0))  # above, or in the top row to the left
-    joins = (flat == pixel) & (size * 4 * centres < H * W) & (pixel > 0)
-    parent = torch.where(joins, flat.gather(1, before), flat)
-    while not torch.equal(parent, further := parent.gather(1, parent)):
+def join_small(labels: Tensor, colours: Tensor) -> Tensor:
+    """The 4-connected pieces of labels ``(H, W)``, small ones joined to others, numbered in scan order.
+
+    Small is less than a quarter of what a centre has on average. Such a piece joins the large one beside it whose
+    centre's colour, of ``colours (3, K)``, is nearest, the earlier of two; or, beside small ones only, the piece above
+    its first pixel, in the top row the one to the left.
+    """
+    H, W = labels.shape
+    N, K = H * W, colours.shape[1]
+    root = pieces(labels).flatten()
+    pixel = torch.arange(N, device=labels.device)
+    small = (root.bincount(minlength=N) * 4 * K < N)[root]
+
+    grid_of = pixel.view(H, W)
+    first = torch.cat([grid_of[:, :-1].flatten(), grid_of[:-1].flatten()])
+    second = torch.cat([grid_of[:, 1:].flatten(), grid_of[1:].flatten()])
+    a, b = torch.cat([first, second]), torch.cat([second, first])
+    beside = small[a] & ~small[b]
+    a, b = a[beside], b[beside]
+    flat = labels.flatten()
+    distance = (colours[:, flat[a]] - colours[:, flat[b]]).abs().sum(0)
+    nearest = pixel.new_full((N,), 2**62).scatter_reduce_(0, root[a], distance * N + root[b], "amin")
+
+    before = torch.where(pixel >= W, pixel - W, (pixel - 1).clamp(min=0))
+    joined = torch.where(nearest < 2**62, nearest % N, root[before])
+    parent = torch.where(small & (root == pixel), joined, root)
+    while not torch.equal(parent, further := parent[parent]):
         parent = further
-    kept = parent == pixel
-    return ((kept.cumsum(1) - 1).gather(1, parent)).view(B, H, W)
+    # Numbers in the order of the first pixels, which may lie in a piece that joined.
+    start = pixel.new_full((N,), N).scatter_reduce_(0, parent, pixel, "amin")
+    new = start[parent] == pixel
+    return (new.cumsum(0) - 1)[start[parent]].view(H, W)
 
 
 def pieces(labels: Tensor) -> Tensor:
-    """For every pixel of labels ``(B, H, W)`` the first pixel, in scan order, of its 4-connected piece."""
-    B, H, W = labels.shape
-    root = torch.arange(H * W, device=labels.device).view(1, H, W).repeat(B, 1, 1)
-    vertical, horizontal = labels[:, 1:] == labels[:, :-1], labels[:, :, 1:] == labels[:, :, :-1]
+    """For every pixel of labels ``(H, W)`` the first pixel, in scan order, of its 4-connected piece."""
+    H, W = labels.shape
+    root = torch.arange(H * W, device=labels.device).view(H, W)
+    vertical, horizontal = labels[1:] == labels[:-1], labels[:, 1:] == labels[:, :-1]
     while True:
         before = root.clone()
         for same, a, b in (
-            (vertical, (slice(None), slice(1, None)), (slice(None), slice(None, -1))),
-            (horizontal, (slice(None), slice(None), slice(1, None)), (slice(None), slice(None), slice(None, -1))),
+            (vertical, (slice(1, None),), (slice(None, -1),)),
+            (horizontal, (slice(None), slice(1, None)), (slice(None), slice(None, -1))),
         ):
             least = torch.minimum(root[a], root[b])
-            first, second = torch.where(same, least, root[a]), torch.where(same, least, root[b])
-            root[a] = torch.minimum(root[a], first)
-            root[b] = torch.minimum(root[b], second)
-        flat = root.flatten(1)
-        root = flat.gather(1, flat).view(B, H, W)
+            root[a] = torch.where(same, least, root[a])
+            root[b] = torch.where(same, torch.minimum(least, root[b]), root[b])
+        root = root.flatten()[root]
         if torch.equal(root, before):
             return root
