@@ -23,6 +23,7 @@ constexpr uint16_t FARTHEST = 62000;  // distance of places inside
 constexpr int64_t BAND = 24;          // rows that a task assigns
 constexpr int64_t SUMMED = 128;       // rows whose sums of 16 bits cannot overflow: colours are below 512
 typedef Lanes<uint16_t, LANES>::type V;
+typedef Lanes<uint32_t, LANES>::type V32;
 
 struct Plan {
   int64_t H, W, pitch, rows, columns, reach, stride;
@@ -54,7 +55,15 @@ struct Centre {
 
 // Planes of one image, rows `pitch` apart. Behind the last column `best` stays 0 and `label` stays NOWHERE.
 struct Planes {
-  Memory<uint16_t> colour[3], label, best;
+  Memory<uint16_t> memory;
+  uint16_t *colour[3], *label, *best;
+
+  explicit Planes(int64_t size)
+      : memory(buffer<uint16_t>(std::max<int64_t>(5 * size, LARGE_PAGE / 2))) {  // large: kept for the next call
+    for (int c = 0; c < 3; ++c) colour[c] = memory.get() + c * size;
+    label = memory.get() + 3 * size;
+    best = memory.get() + 4 * size;
+  }
 };
 
 struct Rows {  // [begin, end), only those that are `phase` modulo `stride`
@@ -82,15 +91,15 @@ void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t
     const uint16_t* place = plan.patch.data() + (y - centre.y + plan.reach) * plan.patch_pitch - centre.x + plan.reach;
     const int64_t row = y * plan.pitch;
     for (int64_t x = begin; x < end; x += LANES) {
-      V dl = lanes<uint16_t, LANES>(planes.colour[0].get() + row + x);
-      V da = lanes<uint16_t, LANES>(planes.colour[1].get() + row + x);
-      V db = lanes<uint16_t, LANES>(planes.colour[2].get() + row + x);
+      V dl = lanes<uint16_t, LANES>(planes.colour[0] + row + x);
+      V da = lanes<uint16_t, LANES>(planes.colour[1] + row + x);
+      V db = lanes<uint16_t, LANES>(planes.colour[2] + row + x);
       subtract(dl, l);
       subtract(da, a);
       subtract(db, b);
       const V distance = dl + da + db + lanes<uint16_t, LANES>(place + x);
-      V& best = lanes<uint16_t, LANES>(planes.best.get() + row + x);
-      V& label = lanes<uint16_t, LANES>(planes.label.get() + row + x);
+      V& best = lanes<uint16_t, LANES>(planes.best + row + x);
+      V& label = lanes<uint16_t, LANES>(planes.label + row + x);
       label = distance < best ? number : label;
       best = distance < best ? distance : best;
     }
@@ -111,28 +120,36 @@ void sum_up(const Plan& plan, const Planes& planes, const Centre& centre, int64_
   const V lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t from = rows.first(centre.y - plan.reach); from < last; from += SUMMED * rows.stride) {
     const int64_t to = std::min(last, from + SUMMED * rows.stride);
+    V32 counts = {}, columns = {}, lines = {}, colours[3] = {};
+    V32 column = __builtin_convertvector(lane, V32);  // from the window's first
     for (int64_t x = begin; x < end; x += LANES) {
       const V inside = reinterpret_cast<V>(lane < static_cast<uint16_t>(std::min(LANES, end - x)));
-      V count = {}, l = {}, a = {}, b = {}, line = {}, number_of_line = {};
+      V count = {}, l = {}, a = {}, b = {}, line = {}, line_number = {};
       for (int64_t y = from; y < to; y += rows.stride) {
         const int64_t row = y * plan.pitch + x;
-        const V mine = reinterpret_cast<V>(lanes<uint16_t, LANES>(planes.label.get() + row) == number) & inside;
+        const V mine = reinterpret_cast<V>(lanes<uint16_t, LANES>(planes.label + row) == number) & inside;
         count -= mine;  // a true comparison is -1
-        l += mine & lanes<uint16_t, LANES>(planes.colour[0].get() + row);
-        a += mine & lanes<uint16_t, LANES>(planes.colour[1].get() + row);
-        b += mine & lanes<uint16_t, LANES>(planes.colour[2].get() + row);
-        line += mine & number_of_line;
-        number_of_line += 1;
+        l += mine & lanes<uint16_t, LANES>(planes.colour[0] + row);
+        a += mine & lanes<uint16_t, LANES>(planes.colour[1] + row);
+        b += mine & lanes<uint16_t, LANES>(planes.colour[2] + row);
+        line += mine & line_number;
+        line_number += 1;
       }
-      for (int64_t i = 0; i < LANES; ++i) {
-        sums->count += count[i];
-        sums->y += from * count[i] + rows.stride * line[i];
-        sums->x += (x + i) * count[i];
-        sums->colour[0] += l[i];
-        sums->colour[1] += a[i];
-        sums->colour[2] += b[i];
-      }
+      const V32 wide = __builtin_convertvector(count, V32);
+      counts += wide;
+      columns += wide * column;
+      column += LANES;
+      lines += __builtin_convertvector(line, V32);
+      colours[0] += __builtin_convertvector(l, V32);
+      colours[1] += __builtin_convertvector(a, V32);
+      colours[2] += __builtin_convertvector(b, V32);
     }
+    const int64_t count = across<Sum, uint32_t, LANES>(reinterpret_cast<const uint32_t*>(&counts));
+    sums->count += count;
+    sums->y += from * count + rows.stride * across<Sum, uint32_t, LANES>(reinterpret_cast<const uint32_t*>(&lines));
+    sums->x += begin * count + across<Sum, uint32_t, LANES>(reinterpret_cast<const uint32_t*>(&columns));
+    for (int c = 0; c < 3; ++c)
+      sums->colour[c] += across<Sum, uint32_t, LANES>(reinterpret_cast<const uint32_t*>(&colours[c]));
   }
 }
 
@@ -147,7 +164,7 @@ std::vector<Centre> start(const Plan& plan, const Planes& planes) {
     const int64_t up = std::max<int64_t>(y - 1, 0), down = std::min(y + 1, plan.H - 1);
     const int64_t left = std::max<int64_t>(x - 1, 0), right = std::min(x + 1, plan.W - 1);
     int64_t sum = 0;
-    for (const auto& c : planes.colour)
+    for (const uint16_t* c : planes.colour)
       sum += std::abs(c[down * plan.pitch + x] - c[up * plan.pitch + x]) +
              std::abs(c[y * plan.pitch + right] - c[y * plan.pitch + left]);
     return sum;
@@ -188,7 +205,7 @@ void assign(const Plan& plan, const Planes& planes, const std::vector<Centre>& c
   parallel_for(bands, 1, threads, [&](int64_t band, int64_t) {
     const Rows rows = {band * BAND, std::min(plan.H, (band + 1) * BAND), stride, phase};
     for (int64_t y = rows.first(rows.begin); y < rows.end; y += stride)
-      std::fill_n(planes.best.get() + y * plan.pitch, plan.W, OUTSIDE);
+      std::fill_n(planes.best + y * plan.pitch, plan.W, OUTSIDE);
     for (const int32_t k : near[band]) offer(plan, planes, centres[k], k, rows);
   });
 }
@@ -208,85 +225,107 @@ void update(const Plan& plan, const Planes& planes, std::vector<Centre>& centres
   });
 }
 
-// Horizontal runs of equal labels, joined to 4-connected pieces: `parent` leads to a piece's first run in scan order.
+// First columns of the runs of equal labels in a row of W, to `begin`; how many.
+FASTCAM_MULTIVERSION
+int64_t runs_of(const uint16_t* row, int64_t W, int32_t* begin) {
+  begin[0] = 0;
+  int64_t count = 1;
+  for (int64_t x = 1; x < W; ++x) {
+    begin[count] = static_cast<int32_t>(x);
+    count += row[x] != row[x - 1];
+  }
+  return count;
+}
+
+// Horizontal runs of equal labels, joined to 4-connected pieces. A piece goes by its first run in scan order, its root.
 class Pieces {
  public:
-  Pieces(const Plan& plan, const uint16_t* label) : plan_(plan), first_run_(plan.H + 1) {
+  Pieces(const Plan& plan, const uint16_t* label)
+      : plan_(plan),
+        first_run_(plan.H + 1),
+        begin_(buffer<int32_t>(plan.H * plan.W + 1)),
+        root_(buffer<int32_t>(plan.H * plan.W + 1)),
+        label_(buffer<uint16_t>(plan.H * plan.W + 1)) {
     for (int64_t y = 0; y < plan.H; ++y) {
       const uint16_t* row = label + y * plan.pitch;
-      for (int64_t x = 0; x < plan.W; ++x)
-        if (x == 0 || row[x] != row[x - 1]) {
-          begin_.push_back(static_cast<int32_t>(x));
-          label_.push_back(row[x]);
-          parent_.push_back(static_cast<int32_t>(parent_.size()));
-        }
-      first_run_[y + 1] = static_cast<int32_t>(begin_.size());
+      const int32_t here = first_run_[y];
+      first_run_[y + 1] = static_cast<int32_t>(here + runs_of(row, plan.W, &begin_[here]));
+      for (int32_t i = here; i < first_run_[y + 1]; ++i) {
+        label_[i] = row[begin_[i]];
+        root_[i] = i;
+      }
       if (y == 0) continue;
       each_overlap(y, [&](int32_t i, int32_t j) {
-        if (label_[i] == label_[j]) unite(i, j);
+        if (label_[i] != label_[j]) return;
+        const int32_t a = find(i), b = find(j);
+        root_[std::max(a, b)] = std::min(a, b);
       });
     }
+    for (int32_t i = 0; i < runs(); ++i) root_[i] = root_[root_[i]];  // the root of an earlier run is final
   }
 
   // Numbers of pieces in scan order to out (H, W); those with less than H W / (4 K) pixels join others.
   void write(const std::vector<Centre>& centres, int32_t* out) {
-    const int32_t runs = static_cast<int32_t>(begin_.size());
     const int64_t K = centres.size();
-    std::vector<int64_t> size(runs);
-    for (int64_t y = 0; y < plan_.H; ++y)
-      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) size[find(i)] += end(i, y) - begin_[i];
-    const auto small = [&](int32_t root) { return size[root] * 4 * K < plan_.H * plan_.W; };
+    std::vector<int64_t> size(runs());
+    each_run([&](int32_t i, int64_t, int64_t begin, int64_t end) { size[root_[i]] += end - begin; });
+    std::vector<char> small(runs());
+    for (int32_t i = 0; i < runs(); ++i) small[i] = size[root_[i]] * 4 * K < plan_.H * plan_.W;
 
     // For every small piece the large one beside it that is nearest in colour, the earlier one of two.
-    std::vector<int64_t> nearest(runs, NONE);
-    const auto offer = [&](int32_t root, int32_t other) {
-      if (!small(root) || small(other)) return;
-      const Centre &a = centres[label_[root]], &b = centres[label_[other]];
+    std::vector<int64_t> nearest(runs(), NONE);
+    const auto beside = [&](int32_t i, int32_t j) {
+      if (small[i] == small[j]) return;
+      if (small[j]) std::swap(i, j);
+      const Centre &a = centres[label_[i]], &b = centres[label_[j]];
       int64_t distance = 0;
       for (int c = 0; c < 3; ++c) distance += std::abs(a.colour[c] - b.colour[c]);
-      nearest[root] = std::min(nearest[root], distance << 32 | other);
-    };
-    const auto beside = [&](int32_t a, int32_t b) {
-      a = find(a);
-      b = find(b);
-      if (a == b) return;
-      offer(a, b);
-      offer(b, a);
+      nearest[root_[i]] = std::min(nearest[root_[i]], distance << 32 | root_[j]);
     };
     for (int64_t y = 0; y < plan_.H; ++y) {
       for (int32_t i = first_run_[y]; i + 1 < first_run_[y + 1]; ++i) beside(i, i + 1);
       if (y > 0) each_overlap(y, beside);
     }
 
-    std::vector<int32_t> joined(runs, -1);  // of a small piece: the one that it becomes a part of
-    for (int64_t y = 0; y < plan_.H; ++y) {
-      int32_t above = y > 0 ? first_run_[y - 1] : 0;
-      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) {
-        if (find(i) != i || !small(i)) continue;
-        if (nearest[i] != NONE) {
-          joined[i] = static_cast<int32_t>(nearest[i] & 0x7fffffff);
-        } else if (y == 0 && i > 0) {
-          joined[i] = find(i - 1);
-        } else if (y > 0) {
-          while (end(above, y - 1) <= begin_[i]) ++above;
-          joined[i] = find(above);
-        }
+    // A small piece beside none but small ones joins the piece above its first pixel, or in the top row the one to the
+    // left: an earlier one, so that following them comes to an end.
+    std::vector<int32_t> joined(runs());
+    int32_t above = 0;
+    each_run([&](int32_t i, int64_t y, int64_t begin, int64_t) {
+      if (root_[i] != i) return void(joined[i] = root_[i]);
+      joined[i] = i;
+      if (!small[i]) return;
+      if (nearest[i] != NONE) {
+        joined[i] = static_cast<int32_t>(nearest[i] & 0x7fffffff);
+      } else if (y > 0) {
+        above = std::max(above, first_run_[y - 1]);
+        while (end(above, y - 1) <= begin) ++above;
+        joined[i] = root_[above];
+      } else if (i > 0) {
+        joined[i] = root_[i - 1];
       }
-    }
-    std::vector<int32_t> number(runs, -1);
+    });
+    std::vector<int32_t> number(runs(), -1);
     int32_t count = 0;
-    for (int64_t y = 0; y < plan_.H; ++y)
-      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) {
-        int32_t root = find(i);
-        while (joined[root] >= 0) root = joined[root];
-        if (number[root] < 0) number[root] = count++;
-        std::fill(out + y * plan_.W + begin_[i], out + y * plan_.W + end(i, y), number[root]);
-      }
+    each_run([&](int32_t i, int64_t y, int64_t begin, int64_t end) {
+      int32_t root = joined[i];
+      while (joined[root] != root) root = joined[root];
+      if (number[root] < 0) number[root] = count++;
+      std::fill(out + y * plan_.W + begin, out + y * plan_.W + end, number[root]);
+    });
   }
 
  private:
   static constexpr int64_t NONE = INT64_MAX;
 
+  int32_t runs() const { return first_run_[plan_.H]; }
+  int64_t end(int32_t run, int64_t y) const { return run + 1 < first_run_[y + 1] ? begin_[run + 1] : plan_.W; }
+  // f(run, row, first column, the one behind the last).
+  template <typename F>
+  void each_run(F f) {
+    for (int64_t y = 0; y < plan_.H; ++y)
+      for (int32_t i = first_run_[y]; i < first_run_[y + 1]; ++i) f(i, y, begin_[i], end(i, y));
+  }
   // f(i, j) for all runs i of row y - 1 and j of row y that touch.
   template <typename F>
   void each_overlap(int64_t y, F f) {
@@ -297,39 +336,32 @@ class Pieces {
       j += j_end <= i_end;
     }
   }
-  int64_t end(int32_t run, int64_t y) const { return run + 1 < first_run_[y + 1] ? begin_[run + 1] : plan_.W; }
   int32_t find(int32_t run) {
-    while (parent_[run] != run) run = parent_[run] = parent_[parent_[run]];
+    while (root_[run] != run) run = root_[run] = root_[root_[run]];
     return run;
-  }
-  void unite(int32_t a, int32_t b) {
-    a = find(a);
-    b = find(b);
-    parent_[std::max(a, b)] = std::min(a, b);
   }
 
   const Plan& plan_;
-  std::vector<int32_t> first_run_, begin_, parent_;
-  std::vector<uint16_t> label_;
+  std::vector<int32_t> first_run_;
+  Memory<int32_t> begin_, root_;
+  Memory<uint16_t> label_;
 };
 
 void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out,
              int64_t iterations, bool connect, int threads) {
-  Planes planes;
-  for (auto& c : planes.colour) c = buffer<uint16_t>(plan.H * plan.pitch);
-  planes.label = buffer<uint16_t>(plan.H * plan.pitch);
-  planes.best = buffer<uint16_t>(plan.H * plan.pitch);
+  const Planes planes(plan.H * plan.pitch);
   const int64_t P = plan.H * plan.W;
+  std::vector<uint16_t> column(plan.W);
+  for (int64_t x = 0; x < plan.W; ++x) column[x] = static_cast<uint16_t>(x * plan.columns / plan.W);
   parallel_for(plan.H, BAND, threads, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       const int64_t row = y * plan.pitch;
-      lab_row(image + y * plan.W, P, gamma, f, plan.W, planes.colour[0].get() + row, planes.colour[1].get() + row,
-              planes.colour[2].get() + row);
-      const int64_t cell = y * plan.rows / plan.H * plan.columns;
-      for (int64_t x = 0; x < plan.W; ++x)
-        planes.label[row + x] = static_cast<uint16_t>(cell + x * plan.columns / plan.W);
-      std::fill(planes.label.get() + row + plan.W, planes.label.get() + row + plan.pitch, NOWHERE);
-      std::fill(planes.best.get() + row + plan.W, planes.best.get() + row + plan.pitch, uint16_t(0));
+      lab_row(image + y * plan.W, P, gamma, f, plan.W, planes.colour[0] + row, planes.colour[1] + row,
+              planes.colour[2] + row);
+      const uint16_t cell = static_cast<uint16_t>(y * plan.rows / plan.H * plan.columns);
+      for (int64_t x = 0; x < plan.W; ++x) planes.label[row + x] = cell + column[x];
+      std::fill(planes.label + row + plan.W, planes.label + row + plan.pitch, NOWHERE);
+      std::fill(planes.best + row + plan.W, planes.best + row + plan.pitch, uint16_t(0));
     }
   });
   std::vector<Centre> centres = start(plan, planes);
@@ -338,7 +370,7 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
     update(plan, planes, centres, plan.stride, t % plan.stride, threads);
   }
   assign(plan, planes, centres, 1, 0, threads);
-  if (connect) return Pieces(plan, planes.label.get()).write(centres, out);
+  if (connect) return Pieces(plan, planes.label).write(centres, out);
   for (int64_t y = 0; y < plan.H; ++y)
     for (int64_t x = 0; x < plan.W; ++x) out[y * plan.W + x] = planes.label[y * plan.pitch + x];
 }
