@@ -12,46 +12,49 @@ namespace {
 
 constexpr int64_t BAND = 128;  // rows of a task, which has tables of its own
 
-// Counts of unordered pairs of labels.
+// Counts of unordered pairs of labels, in a hash table at most half full.
 class Pairs {
  public:
-  Pairs() : keys_(1024, EMPTY), counts_(1024) {}
+  explicit Pairs(size_t size = 4096) : slots_(size, Slot{EMPTY, 0}) {}
 
   void add(int32_t a, int32_t b, int64_t count) {
     const uint32_t low = std::min(a, b), high = std::max(a, b);
     add((static_cast<uint64_t>(low) << 32) | high, count);
   }
   void add(uint64_t key, int64_t count) {
-    if (2 * used_ > keys_.size()) grow();
-    const size_t at = slot(key);
-    used_ += keys_[at] == EMPTY;
-    keys_[at] = key;
-    counts_[at] += count;
+    const size_t last = slots_.size() - 1;
+    size_t at = (key * 0x9e3779b97f4a7c15u) >> 32 & last;
+    while (slots_[at].key != key) {
+      if (slots_[at].key == EMPTY) {
+        slots_[at] = {key, count};
+        if (2 * ++used_ > slots_.size()) grow();
+        return;
+      }
+      at = (at + 1) & last;
+    }
+    slots_[at].count += count;
   }
   template <typename F>
   void each(F f) const {
-    for (size_t i = 0; i < keys_.size(); ++i)
-      if (keys_[i] != EMPTY) f(keys_[i], counts_[i]);
+    for (const Slot& slot : slots_)
+      if (slot.key != EMPTY) f(slot.key, slot.count);
   }
   size_t size() const { return used_; }
 
  private:
   static constexpr uint64_t EMPTY = ~uint64_t(0);
+  struct Slot {
+    uint64_t key;
+    int64_t count;
+  };
 
-  size_t slot(uint64_t key) const {
-    size_t at = (key * 0x9e3779b97f4a7c15u) >> 32 & (keys_.size() - 1);
-    while (keys_[at] != EMPTY && keys_[at] != key) at = (at + 1) & (keys_.size() - 1);
-    return at;
-  }
   void grow() {
-    Pairs wider(2 * keys_.size());
+    Pairs wider(2 * slots_.size());
     each([&](uint64_t key, int64_t count) { wider.add(key, count); });
     *this = std::move(wider);
   }
-  explicit Pairs(size_t size) : keys_(size, EMPTY), counts_(size) {}
 
-  std::vector<uint64_t> keys_;
-  std::vector<int64_t> counts_;
+  std::vector<Slot> slots_;
   size_t used_ = 0;
 };
 

@@ -17,18 +17,19 @@ namespace fastcam {
 namespace {
 
 constexpr int64_t LANES = 16;
-constexpr uint16_t NOWHERE = 65535;   // the label of no centre
-constexpr uint16_t OUTSIDE = 64000;   // distance of places outside a window; colours add at most 1224
-constexpr uint16_t FARTHEST = 62000;  // distance of places inside
-constexpr int64_t BAND = 24;          // rows that a task assigns
-constexpr int64_t SUMMED = 128;       // rows whose sums of 16 bits cannot overflow: colours are below 512
+constexpr uint16_t NOWHERE = 65535;  // the label of no centre
+constexpr int16_t OUTSIDE = 31500;   // distance of places outside a window; colours add at most 1222
+constexpr int16_t FARTHEST = 30200;  // distance of places inside
+constexpr int64_t BAND = 24;         // rows that a task assigns
+constexpr int64_t SUMMED = 128;      // rows whose sums of 16 bits cannot overflow: colours are below 512
 typedef Lanes<uint16_t, LANES>::type V;
+typedef Lanes<int16_t, LANES>::type Signed;  // of distances: vector units before AVX-512 compare these only
 typedef Lanes<uint32_t, LANES>::type V32;
 
 struct Plan {
   int64_t H, W, pitch, rows, columns, reach, stride;
   int64_t patch_pitch;
-  std::vector<uint16_t> patch;  // place distances (2 reach + 1, patch_pitch), OUTSIDE beyond the window
+  std::vector<int16_t> patch;  // place distances (2 reach + 1, patch_pitch), OUTSIDE beyond the window
 
   Plan(int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride, double spread)
       : H(H),
@@ -43,7 +44,7 @@ struct Plan {
     for (int64_t dy = -reach; dy <= reach; ++dy)
       for (int64_t dx = -reach; dx <= reach; ++dx) {
         const double d = spread * static_cast<double>(std::abs(dy) + std::abs(dx)) + 0.5;
-        patch[(dy + reach) * patch_pitch + dx + reach] = d < FARTHEST ? static_cast<uint16_t>(d) : FARTHEST;
+        patch[(dy + reach) * patch_pitch + dx + reach] = d < FARTHEST ? static_cast<int16_t>(d) : FARTHEST;
       }
   }
 };
@@ -56,13 +57,14 @@ struct Centre {
 // Planes of one image, rows `pitch` apart. Behind the last column `best` stays 0 and `label` stays NOWHERE.
 struct Planes {
   Memory<uint16_t> memory;
-  uint16_t *colour[3], *label, *best;
+  uint16_t *colour[3], *label;
+  int16_t* best;
 
   explicit Planes(int64_t size)
       : memory(buffer<uint16_t>(std::max<int64_t>(5 * size, LARGE_PAGE / 2))) {  // large: kept for the next call
     for (int c = 0; c < 3; ++c) colour[c] = memory.get() + c * size;
     label = memory.get() + 3 * size;
-    best = memory.get() + 4 * size;
+    best = reinterpret_cast<int16_t*>(memory.get() + 4 * size);
   }
 };
 
@@ -74,32 +76,36 @@ struct Rows {  // [begin, end), only those that are `phase` modulo `stride`
   }
 };
 
-// colour <- its distance from the centre's.
-FASTCAM_INLINE void subtract(V& colour, const V& centre) {
-  colour = colour > centre ? colour - centre : centre - colour;
+// distance += |colours - centre|
+FASTCAM_INLINE void add_difference(Signed& distance, const uint16_t* colours, const Signed& centre) {
+  const Signed d = reinterpret_cast<Signed>(lanes<uint16_t, LANES>(colours)) - centre;
+  distance += d < 0 ? -d : d;
 }
 
 // Centre k offers itself to the pixels of its window in `rows`.
 FASTCAM_MULTIVERSION
 void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t k, Rows rows) {
-  const V l = V{} + centre.colour[0], a = V{} + centre.colour[1], b = V{} + centre.colour[2];
+  const Signed l = Signed{} + static_cast<int16_t>(centre.colour[0]);
+  const Signed a = Signed{} + static_cast<int16_t>(centre.colour[1]);
+  const Signed b = Signed{} + static_cast<int16_t>(centre.colour[2]);
   const V number = V{} + static_cast<uint16_t>(k);
   const int64_t begin = std::max<int64_t>(centre.x - plan.reach, 0);
-  const int64_t end = std::min(centre.x + plan.reach + 1, plan.W);
+  const int64_t count = std::min(centre.x + plan.reach + 1, plan.W) - begin;
   const int64_t last = std::min<int64_t>(rows.end, centre.y + plan.reach + 1);
   for (int64_t y = rows.first(centre.y - plan.reach); y < last; y += rows.stride) {
-    const uint16_t* place = plan.patch.data() + (y - centre.y + plan.reach) * plan.patch_pitch - centre.x + plan.reach;
-    const int64_t row = y * plan.pitch;
-    for (int64_t x = begin; x < end; x += LANES) {
-      V dl = lanes<uint16_t, LANES>(planes.colour[0] + row + x);
-      V da = lanes<uint16_t, LANES>(planes.colour[1] + row + x);
-      V db = lanes<uint16_t, LANES>(planes.colour[2] + row + x);
-      subtract(dl, l);
-      subtract(da, a);
-      subtract(db, b);
-      const V distance = dl + da + db + lanes<uint16_t, LANES>(place + x);
-      V& best = lanes<uint16_t, LANES>(planes.best + row + x);
-      V& label = lanes<uint16_t, LANES>(planes.label + row + x);
+    const int64_t at = y * plan.pitch + begin;
+    const int16_t* place = &plan.patch[(y - centre.y + plan.reach) * plan.patch_pitch + begin - centre.x + plan.reach];
+    const uint16_t *colour_l = planes.colour[0] + at, *colour_a = planes.colour[1] + at,
+                   *colour_b = planes.colour[2] + at;
+    int16_t* bests = planes.best + at;
+    uint16_t* labels = planes.label + at;
+    for (int64_t x = 0; x < count; x += LANES) {
+      Signed distance = lanes<int16_t, LANES>(place + x);
+      add_difference(distance, colour_l + x, l);
+      add_difference(distance, colour_a + x, a);
+      add_difference(distance, colour_b + x, b);
+      Signed& best = lanes<int16_t, LANES>(bests + x);
+      V& label = lanes<uint16_t, LANES>(labels + x);
       label = distance < best ? number : label;
       best = distance < best ? distance : best;
     }
@@ -125,13 +131,15 @@ void sum_up(const Plan& plan, const Planes& planes, const Centre& centre, int64_
     for (int64_t x = begin; x < end; x += LANES) {
       const V inside = reinterpret_cast<V>(lane < static_cast<uint16_t>(std::min(LANES, end - x)));
       V count = {}, l = {}, a = {}, b = {}, line = {}, line_number = {};
-      for (int64_t y = from; y < to; y += rows.stride) {
-        const int64_t row = y * plan.pitch + x;
-        const V mine = reinterpret_cast<V>(lanes<uint16_t, LANES>(planes.label + row) == number) & inside;
+      const int64_t step = rows.stride * plan.pitch, stop = to * plan.pitch + x;
+      const uint16_t *labels = planes.label, *colour_l = planes.colour[0], *colour_a = planes.colour[1],
+                     *colour_b = planes.colour[2];
+      for (int64_t at = from * plan.pitch + x; at < stop; at += step) {
+        const V mine = reinterpret_cast<V>(lanes<uint16_t, LANES>(labels + at) == number) & inside;
         count -= mine;  // a true comparison is -1
-        l += mine & lanes<uint16_t, LANES>(planes.colour[0] + row);
-        a += mine & lanes<uint16_t, LANES>(planes.colour[1] + row);
-        b += mine & lanes<uint16_t, LANES>(planes.colour[2] + row);
+        l += mine & lanes<uint16_t, LANES>(colour_l + at);
+        a += mine & lanes<uint16_t, LANES>(colour_a + at);
+        b += mine & lanes<uint16_t, LANES>(colour_b + at);
         line += mine & line_number;
         line_number += 1;
       }
@@ -361,7 +369,7 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
       const uint16_t cell = static_cast<uint16_t>(y * plan.rows / plan.H * plan.columns);
       for (int64_t x = 0; x < plan.W; ++x) planes.label[row + x] = cell + column[x];
       std::fill(planes.label + row + plan.W, planes.label + row + plan.pitch, NOWHERE);
-      std::fill(planes.best + row + plan.W, planes.best + row + plan.pitch, uint16_t(0));
+      std::fill(planes.best + row + plan.W, planes.best + row + plan.pitch, int16_t(0));
     }
   });
   std::vector<Centre> centres = start(plan, planes);

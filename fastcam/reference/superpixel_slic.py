@@ -8,7 +8,7 @@ from torch import Tensor
 from fastcam._lab import rgb_to_lab, to_bytes
 from fastcam._slic import Grid, grid, spread
 
-FARTHEST = 62000  # what distance in the plane counts at most
+FARTHEST = 30200  # what distance in the plane counts at most
 BASE = 65536  # above all distances and numbers of centres
 
 
