@@ -17,6 +17,8 @@ namespace {
 
 enum Reduce { MEAN, SUM, MAX };  // the order of REDUCTIONS in fastcam/ops/region_reduce.py
 
+constexpr int64_t LONGEST = 1024;  // pixels of a run, whose sum is in the numbers' own precision
+
 struct Run {
   int64_t begin, end;
   int64_t region;
@@ -27,7 +29,8 @@ std::vector<Run> runs_of(const int64_t* labels, int64_t P, int64_t S, std::atomi
   std::vector<Run> runs;
   for (int64_t p = 0; p < P;) {
     const int64_t begin = p, region = labels[p];
-    while (p < P && labels[p] == region) ++p;
+    const int64_t limit = std::min(P, begin + LONGEST);
+    while (p < limit && labels[p] == region) ++p;
     if (region >= S) outside = region;
     if (region >= 0 && region < S) runs.push_back({begin, p, region});
   }

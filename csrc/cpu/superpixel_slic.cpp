@@ -181,13 +181,13 @@ std::vector<Centre> start(const Plan& plan, const Planes& planes) {
   for (int64_t i = 0; i < plan.rows; ++i)
     for (int64_t j = 0; j < plan.columns; ++j) {
       const int64_t cy = (2 * i + 1) * plan.H / (2 * plan.rows), cx = (2 * j + 1) * plan.W / (2 * plan.columns);
-      int64_t least = -1, y = cy, x = cx;
+      int64_t least = change(cy, cx), y = cy, x = cx;
       for (int64_t dy = -1; dy <= 1; ++dy)
         for (int64_t dx = -1; dx <= 1; ++dx) {
           const int64_t v = std::min(std::max<int64_t>(cy + dy, 0), plan.H - 1);
           const int64_t u = std::min(std::max<int64_t>(cx + dx, 0), plan.W - 1);
           const int64_t here = change(v, u);
-          if (least >= 0 && here >= least) continue;
+          if (here >= least) continue;
           least = here;
           y = v;
           x = u;

@@ -20,11 +20,9 @@ def region_graph_fwd(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
             raise ValueError(f"region_graph: expected labels from 0 to {MOST}, got {low if low < 0 else high}")
     l = labels.to(torch.int32).contiguous()
     graph = _C.RegionGraph(l.data_ptr(), B, H, W, torch.get_num_threads())
-    out = tuple(
-        torch.empty(size, dtype=torch.int64)
-        for size in ((graph.edges, 2), (graph.edges,), (graph.regions,), (graph.regions,), (B, 2))
+    E, S = graph.edges, graph.regions
+    edges, border, area, perimeter, counts = (
+        torch.empty(size, dtype=torch.int64) for size in ((E, 2), (E,), (S,), (S,), (B, 2))
     )
-    graph.copy_to(*(t.data_ptr() for t in out))
-    if H * W == 0:
-        out[4].zero_()
-    return out
+    graph.copy_to(*(t.data_ptr() for t in (edges, border, area, perimeter, counts)))
+    return edges, border, area, perimeter, counts

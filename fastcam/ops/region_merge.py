@@ -130,10 +130,10 @@ def region_merge(
     Similarity by ``weight``, of regions i and j:
 
     - ``"content_border"``: :math:`S = S_c + \beta_{ij} S_b`, in [0, 2].
-      :math:`S_c = \frac12 BC + \frac12 \exp(-\|\mu_i - \mu_j\|^2 / 20^2)` compares the regions: means in CIE Lab, Bhattacharyya coefficient of 16 bins a
-      channel. :math:`S_b`, the mean :math:`S_c` of the pairs of first regions that touch along the common border,
-      compares what meets there; :math:`\beta = \min(\sqrt{b (p_i + p_j) / (p_i p_j)}, 1)` weighs it by the border b and
-      the perimeters p.
+      :math:`S_c = \frac12 BC + \frac12 \exp(-\|\mu_i - \mu_j\|^2 / 20^2)` compares the regions: means in CIE Lab,
+      Bhattacharyya coefficient of 16 bins a channel. :math:`S_b`, the mean :math:`S_c` of the pairs of first regions
+      that touch along the common border, compares what meets there;
+      :math:`\beta = \min(\sqrt{b (p_i + p_j) / (p_i p_j)}, 1)` weighs it by the border b and the perimeters p.
     - ``"content"``: :math:`S_c`. ``"mean_color"``: :math:`1 / (1 + \|\mu_i - \mu_j\| / 20)`.
     - a function ``(a, b, contact)`` of P pairs: ``a``, ``b`` :class:`~fastcam.reference.region_merge.Regions`,
       ``contact`` their :class:`~fastcam.reference.region_merge.Contact`; it returns :math:`(P,)`, larger is merged

@@ -17,7 +17,8 @@ def region_graph_fwd(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     counts = torch.tensor([[len(e), len(a)] for e, _, a, _ in parts], device=l.device).view(-1, 2)
     empty = l.new_zeros(0)
     columns = zip(*parts, strict=True) if parts else ([empty.view(0, 2)], [empty], [empty], [empty])
-    return *(torch.cat(list(column)) for column in columns), counts
+    edges, border, area, perimeter = (torch.cat(list(column)) for column in columns)
+    return edges, border, area, perimeter, counts
 
 
 def _one(l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

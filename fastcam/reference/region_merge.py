@@ -106,16 +106,19 @@ def region_merge_fwd(
         "mean_color": lambda a, b, contact: mean_color_similarity(a, b),
     }
     of_edges, of_regions = sizes.T.tolist()
-    parts = [t.split(of_edges) for t in (edges, border)] + [t.split(of_regions) for t in (area, perimeter, sums, hist)]
+    graphs = zip(
+        edges.split(of_edges), border.split(of_edges), area.split(of_regions), perimeter.split(of_regions),
+        sums.split(of_regions), hist.split(of_regions), strict=True,
+    )  # fmt: skip
     merges, numbers = edges.new_zeros(len(area), 3), sums.new_zeros(len(area), 2)
     counts, first = [], 0
-    for one, S in zip(zip(*parts, strict=True), of_regions, strict=True):
-        log = merge(*one, channels, named[weight], criterion, start, stop, factor, fraction, penalty)
+    for e, b, a, p, s, h in graphs:
+        log = merge(e, b, a, p, s, h, channels, named[weight], criterion, start, stop, factor, fraction, penalty)
         counts.append(len(log))
         if log:
             merges[first : first + len(log)] = torch.tensor([row[:3] for row in log], device=edges.device)
             numbers[first : first + len(log)] = torch.tensor([row[3:] for row in log], device=edges.device).to(numbers)
-        first += S
+        first += len(a)
     return merges, numbers, torch.tensor(counts, dtype=torch.int64, device=edges.device)
 
 
@@ -189,7 +192,8 @@ def _matching(i: Tensor, j: Tensor, value: Tensor, penalty: float) -> list[tuple
     for one, (v, other) in best.items():
         mutual = best[-other][1] == -one
         candidates.add((v if mutual else penalty * v, min(one, -other), max(one, -other)))
-    chosen, taken = [], set()
+    chosen: list[tuple[float, int, int]] = []
+    taken: set[int] = set()
     for v, a, b in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):
         if not {a, b} & taken:
             taken |= {a, b}

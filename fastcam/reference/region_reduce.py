@@ -23,7 +23,7 @@ def region_reduce_fwd(x: Tensor, labels: Tensor, num_regions: int, reduce: str) 
         N = flat.shape[1]
         pixel = torch.where(wins, torch.arange(N, device=x.device)[:, None], N)
         first = pixel.new_full((B, num_regions + 1, C), N).scatter_reduce_(1, index, pixel, "amin")
-        return best[:, :-1].to(x.dtype), torch.where(first == N, -1, first)[:, :-1].contiguous()
+        return best[:, :-1].to(x.dtype).contiguous(), torch.where(first == N, -1, first)[:, :-1].contiguous()
     # float64: a sum over a large region in float32 loses digits
     sums = torch.zeros(B, num_regions + 1, C, dtype=torch.float64, device=x.device)
     sums.scatter_add_(1, at[:, :, None].expand(-1, -1, C), flat.double())
@@ -47,7 +47,7 @@ def region_reduce_bwd(grad: Tensor, labels: Tensor, stat: Tensor, reduce: str) -
         g = g / stat.clamp(min=1)[:, :, None]
     padded = torch.cat([g, g.new_zeros(B, 1, C)], 1)
     out = padded.gather(1, _slots(labels, S)[:, :, None].expand(-1, -1, C))
-    return out.mT.reshape(B, C, H, W).to(grad.dtype)
+    return out.mT.reshape(B, C, H, W).to(grad.dtype).contiguous()
 
 
 def region_reduce_hist(x: Tensor, labels: Tensor, num_regions: int, bins: int, low: float, high: float) -> Tensor:

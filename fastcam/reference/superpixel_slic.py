@@ -70,15 +70,15 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> tu
 
 
 def _to_lowest_gradient(lab: Tensor, centres: Tensor) -> Tensor:
-    """Centres ``(2, K)`` moved to the pixel around them, the first in scan order, whose colours change least."""
+    """Centres ``(2, K)`` moved to the first pixel around them whose colours change less than there and least."""
     H, W = lab.shape[1:]
     rows, columns = torch.arange(H, device=lab.device), torch.arange(W, device=lab.device)
     down, up = (rows + 1).clamp(max=H - 1), (rows - 1).clamp(min=0)
     right, left = (columns + 1).clamp(max=W - 1), (columns - 1).clamp(min=0)
     change = (lab[:, down] - lab[:, up]).abs() + (lab[:, :, right] - lab[:, :, left]).abs()
-    step = torch.arange(-1, 2, device=lab.device)
-    y = (centres[0][:, None] + step.repeat_interleave(3)).clamp(0, H - 1)
-    x = (centres[1][:, None] + step.repeat(3)).clamp(0, W - 1)
+    around = [(0, 0)] + [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    dy, dx = torch.tensor(around, device=lab.device).T
+    y, x = (centres[0][:, None] + dy).clamp(0, H - 1), (centres[1][:, None] + dx).clamp(0, W - 1)
     best = change.sum(0)[y, x].argmin(1, keepdim=True)
     return torch.cat([y.gather(1, best), x.gather(1, best)], 1).T
 
