@@ -42,7 +42,7 @@ def region_reduce_bwd(grad: Tensor, labels: Tensor, stat: Tensor, reduce: str) -
     g = grad.to(work)
     if reduce == "max":
         out = g.new_zeros(B, C, H * W + 1).scatter_(2, stat.mT.remainder(H * W + 1), g.mT)[:, :, :-1]
-        return out.reshape(B, C, H, W).to(grad.dtype)
+        return out.reshape(B, C, H, W).to(grad.dtype).contiguous()
     if reduce == "mean":
         g = g / stat.clamp(min=1)[:, :, None]
     padded = torch.cat([g, g.new_zeros(B, 1, C)], 1)
