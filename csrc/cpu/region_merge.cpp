@@ -4,7 +4,6 @@
 // regions are compared by adds up, so a merge costs the neighbours of two regions and no pixels.
 #include <algorithm>
 #include <cmath>
-#include <queue>
 #include <vector>
 
 #include "cpu/lab.h"
@@ -74,14 +73,15 @@ class Regions {
         area_(area, area + S),
         perimeter_(perimeter, perimeter + S),
         sums_(sums, sums + 3 * S),
-        counts_(S * width_),
-        roots_(S * width_),
+        counts_(settings.weight == MEAN_COLOR ? 0 : S * width_),
+        roots_(counts_.size()),
         neighbours_(S),
         borders_(E),
         mark_(S, -1) {
     const std::vector<double> none(width_);
     for (int64_t s = 0; s < S; ++s) {
       alive += area[s] > 0;
+      if (settings.weight == MEAN_COLOR) continue;
       std::copy(hist + s * F, hist + (s + 1) * F, &counts_[s * width_]);
       add_roots(&counts_[s * width_], none.data(), &roots_[s * width_], width_);
     }
@@ -265,33 +265,78 @@ void merge_in_rounds(Regions& regions, const Settings& settings, Log& log) {
   }
 }
 
-void merge_best_first(Regions& regions, const Settings& settings, Log& log) {
-  std::vector<Pair> pairs;
-  for (int32_t e = 0; e < regions.borders(); ++e) {
-    const Border& border = regions.border(e);
-    pairs.push_back({border.value, border.i, border.j});
+// A pair as one number: 22 bits of similarity in steps, then its regions, the lower ones above. Comparing numbers takes
+// no branch, and a heap does little else.
+struct Packed {
+  static constexpr int BITS = 21;
+  static constexpr uint64_t LAST = (uint64_t(1) << BITS) - 1;
+
+  static uint64_t pack(const Border& border) {
+    return static_cast<uint64_t>(border.value * STEPS) << 2 * BITS | (LAST - border.i) << BITS | (LAST - border.j);
   }
-  std::priority_queue<Pair> queue(std::less<Pair>(), std::move(pairs));
-  // Pairs whose value has changed since stay in the queue; the current value of a pair tells them.
-  while (!queue.empty() && regions.alive > 1) {
-    const Pair pair = queue.top();
-    queue.pop();
+  static Pair unpack(uint64_t key) {
+    return {static_cast<double>(key >> 2 * BITS) / STEPS, static_cast<int32_t>(LAST - (key >> BITS & LAST)),
+            static_cast<int32_t>(LAST - (key & LAST))};
+  }
+};
+
+// The best pair of every region, and above them a tree of maxima: a merge changes few regions' best, a few nodes each.
+class BestPairs {
+ public:
+  explicit BestPairs(const Regions& regions) : regions_(regions) {
+    while (leaves_ < regions.size()) leaves_ *= 2;
+    tree_.resize(2 * leaves_);
+    for (int32_t r = 0; r < regions.size(); ++r) tree_[leaves_ + r] = best_of(r);
+    for (int64_t at = leaves_ - 1; at > 0; --at) tree_[at] = std::max(tree_[2 * at], tree_[2 * at + 1]);
+  }
+  uint64_t best() const { return tree_[1]; }  // 0: there is no pair
+
+  void merged(int32_t keep, int32_t gone) {
+    set(gone, 0);
+    set(keep, best_of(keep));
+    for (const Neighbour& n : regions_.neighbours(keep)) {
+      const uint64_t before = tree_[leaves_ + n.region], now = Packed::pack(regions_.border(n.border));
+      const Pair pair = Packed::unpack(before);
+      const int32_t other = pair.i == n.region ? pair.j : pair.i;
+      if (other == keep || other == gone) {
+        set(n.region, best_of(n.region));
+      } else if (now > before) {
+        set(n.region, now);
+      }
+    }
+  }
+
+ private:
+  uint64_t best_of(int32_t region) const {
+    uint64_t best = 0;
+    for (const Neighbour& n : regions_.neighbours(region))
+      best = std::max(best, Packed::pack(regions_.border(n.border)));
+    return best;
+  }
+  void set(int32_t region, uint64_t key) {
+    int64_t at = leaves_ + region;
+    tree_[at] = key;
+    for (at /= 2; at > 0; at /= 2) {
+      const uint64_t most = std::max(tree_[2 * at], tree_[2 * at + 1]);
+      if (tree_[at] == most) return;
+      tree_[at] = most;
+    }
+  }
+
+  const Regions& regions_;
+  int64_t leaves_ = 1;
+  std::vector<uint64_t> tree_;
+};
+
+void merge_best_first(Regions& regions, const Settings& settings, Log& log) {
+  BestPairs pairs(regions);
+  while (pairs.best() > 0) {
+    const Pair pair = Packed::unpack(pairs.best());
     if (!(pair.value > settings.stop)) return;
-    const auto& list = regions.neighbours(pair.i).size() < regions.neighbours(pair.j).size()
-                           ? regions.neighbours(pair.i)
-                           : regions.neighbours(pair.j);
-    const bool current = std::any_of(list.begin(), list.end(), [&](const Neighbour& n) {
-      const Border& border = regions.border(n.border);
-      return border.i == pair.i && border.j == pair.j && border.value == pair.value;
-    });
-    if (!current) continue;
     regions.merge(pair.i, pair.j);
     regions.update(pair.i);
+    pairs.merged(pair.i, pair.j);
     log.add(log.count, pair, pair.value);
-    for (const Neighbour& n : regions.neighbours(pair.i)) {
-      const Border& border = regions.border(n.border);
-      queue.push({border.value, border.i, border.j});
-    }
   }
 }
 

@@ -34,6 +34,7 @@ CANDIDATES = {"cpp": backends.needs_cpp, "reference": backends.always}
 WEIGHTS = ("content_border", "content", "mean_color")
 CRITERIA = ("adaptive", "best_first")
 BINS = 16
+MOST_REGIONS = 2**21  # two of their numbers and a similarity fit into 64 bits
 TEXTURES = 10  # of the uniform local binary patterns
 
 
@@ -171,7 +172,8 @@ def region_merge(
 
     Raises:
         ValueError: shapes that do not fit, two devices, an image with NaN, an unknown weight or criterion, numbers out
-            of range, a callable that returns another shape or NaN; labels as for :func:`region_graph`.
+            of range, a callable that returns another shape or NaN; labels as for :func:`region_graph`, more than
+            2^21 regions.
         TypeError: labels that are no integers, an image neither uint8 nor floating.
         BackendError: a backend asked for by name cannot run, or cannot call functions.
 
@@ -191,6 +193,9 @@ def region_merge(
         graphs = region_graph(labels, backend=name)
     elif len(graphs) != len(labels):
         raise ValueError(f"region_merge: expected {len(labels)} graphs, one an image, got {len(graphs)}")
+    most = max((len(g.area) for g in graphs), default=0)
+    if most > MOST_REGIONS:
+        raise ValueError(f"region_merge: expected at most {MOST_REGIONS} regions an image, got {most}")
     launchers = import_module(f"fastcam.{PACKAGES[name]}.region_merge")
     sizes = torch.tensor([[len(g.edges), len(g.area)] for g in graphs], dtype=torch.int64, device=labels.device)
     sizes = sizes.view(-1, 2)
