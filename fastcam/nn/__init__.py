@@ -5,6 +5,7 @@ from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
+from fastcam.nn.peaks import peak_backprop, peak_response_maps, peak_stimulation
 from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "confident_labels",
     "create_backbone",
     "max_normalize",
+    "peak_backprop",
+    "peak_response_maps",
+    "peak_stimulation",
     "pixel_correlation",
     "two_threshold_labels",
 ]
