@@ -31,4 +31,4 @@ def peak_find_fwd(maps: Tensor, window: int, rule: str, constant: float) -> Tens
     stacked = F.max_pool2d(F.pad(rows, (0, 0, reach, reach), value=-torch.inf), (reach, 1), 1)
     above, below = stacked[..., : x.shape[2], :], stacked[..., reach + 1 :, :]
     peak = (x > above) & (x > left) & (x >= right) & (x >= below)
-    return (peak & (x >= map_thresholds(x.flatten(2), rule, constant)[:, :, None, None])).nonzero()
+    return (peak & (x >= map_thresholds(x.flatten(2), rule, constant)[:, :, None, None])).nonzero().contiguous()
