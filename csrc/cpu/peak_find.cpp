@@ -2,7 +2,9 @@
 // order, and at least as large as all after it and its map's threshold. NaN counts as -inf, which is never a peak.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/memory.h"
 #include "cpu/ops.h"
@@ -15,6 +17,7 @@ namespace {
 constexpr int64_t BLOCK = 64;    // flags at a time
 constexpr int64_t SMALL = 2048;  // maps whose median is selected directly
 constexpr int64_t SAMPLE = 4096;
+constexpr int BITS = 8;  // of the keys that a round of selection looks at
 
 enum Rule { MEDIAN, MEAN, MAXIMUM, CONSTANT };
 
@@ -45,32 +48,91 @@ template <typename T>
 FASTCAM_INLINE int64_t partition(const T* x, int64_t n, T low, T high, T* between, int64_t& below) {
   int64_t count = 0;
   below = 0;
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    const int64_t m = std::min(BLOCK, n - i);
+  int64_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
     T v[BLOCK];
-    uint8_t inside[BLOCK] = {};
+    uint8_t inside[BLOCK];
     int32_t less = 0;
-    for (int64_t j = 0; j < m; ++j) v[j] = number(x[i + j]);
-    for (int64_t j = 0; j < m; ++j) less += v[j] < low;
-    for (int64_t j = 0; j < m; ++j) inside[j] = (v[j] >= low) & (v[j] <= high);
+    for (int64_t j = 0; j < BLOCK; ++j) v[j] = number(x[i + j]);
+    for (int64_t j = 0; j < BLOCK; ++j) less += v[j] < low;
+    for (int64_t j = 0; j < BLOCK; ++j) inside[j] = (v[j] >= low) & (v[j] <= high);
     below += less;
     each_flag(inside, [&](int64_t j) {
       between[count] = v[j];
       count += inside[j];
     });
   }
+  for (; i < n; ++i) {
+    between[count] = number(x[i]);
+    below += between[count] < low;
+    count += between[count] >= low && between[count] <= high;
+  }
   return count;
 }
 
 // Sums and maxima of 16 interleaved parts.
 template <typename T>
-FASTCAM_INLINE void reduce(const T* x, int64_t n, double* sum, T* largest) {
-  for (int64_t j = 0; j < 16; ++j) sum[j] = 0;
-  for (int64_t j = 0; j < 16; ++j) largest[j] = -std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < n; i += 16) {
-    const int64_t m = std::min<int64_t>(16, n - i);
-    for (int64_t j = 0; j < m; ++j) sum[j] += number(x[i + j]);
-    for (int64_t j = 0; j < m; ++j) largest[j] = larger(largest[j], number(x[i + j]));
+FASTCAM_INLINE void reduce(const T* x, int64_t n, double* sums, T* tops) {
+  double sum[16] = {};
+  T largest[16];
+  std::fill(largest, largest + 16, -std::numeric_limits<T>::infinity());
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int64_t j = 0; j < 16; ++j) largest[j] = larger(largest[j], number(x[i + j]));
+    for (int64_t j = 0; j < 16; ++j) sum[j] += number(x[i + j]);
+  }
+  for (int64_t j = 0; i + j < n; ++j) {
+    largest[j] = larger(largest[j], number(x[i + j]));
+    sum[j] += number(x[i + j]);
+  }
+  std::copy(sum, sum + 16, sums);
+  std::copy(largest, largest + 16, tops);
+}
+
+// Signed integers in the order of the numbers, and back: the bits of negative ones turned round.
+template <typename T>
+using Key = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <typename K>
+FASTCAM_INLINE K turned(K bits) {
+  return bits ^ ((bits >> (8 * sizeof(K) - 1)) & std::numeric_limits<K>::max());
+}
+
+// The number of a rank among n. Rounds of counting by the next bits in which they differ, without a branch on a number:
+// what is left is one of 256 parts. `keys` (n + 1) is scratch.
+template <typename T>
+FASTCAM_INLINE T select(const T* x, int64_t n, int64_t rank, Key<T>* keys) {
+  using K = Key<T>;
+  using U = std::make_unsigned_t<K>;
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = number(x[i]);
+    K bits;
+    std::memcpy(&bits, &v, sizeof(T));
+    keys[i] = turned(bits);
+  }
+  for (;;) {
+    K low = keys[0], high = keys[0];
+    for (int64_t i = 1; i < n; ++i) low = keys[i] < low ? keys[i] : low;
+    for (int64_t i = 1; i < n; ++i) high = keys[i] > high ? keys[i] : high;
+    if (low == high) {
+      const K bits = turned(low);
+      T v;
+      std::memcpy(&v, &bits, sizeof(T));
+      return v;
+    }
+    int shift = 0;
+    while ((U(high) - U(low)) >> shift >> BITS) ++shift;
+    int32_t counts[1 << BITS] = {};
+    for (int64_t i = 0; i < n; ++i) ++counts[(U(keys[i]) - U(low)) >> shift];
+    U part = 0;
+    for (; rank >= counts[part]; ++part) rank -= counts[part];
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const K key = keys[i];
+      keys[left] = key;
+      left += (U(key) - U(low)) >> shift == part;
+    }
+    n = left;
   }
 }
 
@@ -119,6 +181,9 @@ T rounded_up(double t) {
                                                   int64_t& below) {                                                \
     return partition(x, n, low, high, between, below);                                                             \
   }                                                                                                                \
+  FASTCAM_MULTIVERSION T select_##SUFFIX(const T* x, int64_t n, int64_t rank, Key<T>* keys) {                      \
+    return select(x, n, rank, keys);                                                                               \
+  }                                                                                                                \
   FASTCAM_MULTIVERSION void reduce_##SUFFIX(const T* x, int64_t n, double* sum, T* largest) {                      \
     reduce(x, n, sum, largest);                                                                                    \
   }                                                                                                                \
@@ -131,6 +196,7 @@ T rounded_up(double t) {
   }                                                                                                                \
   struct Rows_##SUFFIX {                                                                                           \
     static constexpr auto partition = partition_##SUFFIX;                                                          \
+    static constexpr auto select = select_##SUFFIX;                                                                \
     static constexpr auto reduce = reduce_##SUFFIX;                                                                \
     static constexpr auto load_row = load_row_##SUFFIX;                                                            \
     static constexpr auto flag_row = flag_row_##SUFFIX;                                                            \
@@ -139,43 +205,34 @@ T rounded_up(double t) {
 FASTCAM_PEAK_FIND(float, f32)
 FASTCAM_PEAK_FIND(double, f64)
 
-// The lower median of n numbers: between two numbers of a sample that it is nearly sure to lie between; by itself where
-// it does not. `scratch` holds n + 1.
+// The lower median of n numbers: of those between two numbers of a sample, between which it nearly surely lies; of all
+// where it does not. `between` and `keys` hold n + 1.
 template <typename T, typename Rows>
-T median(const T* x, int64_t n, T* scratch) {
+T median(const T* x, int64_t n, T* between, Key<T>* keys) {
   const int64_t rank = (n - 1) / 2;
   if (n > SMALL) {
     const int64_t m = std::min(SAMPLE, n / 16), step = n / m;
-    for (int64_t i = 0; i < m; ++i) scratch[i] = number(x[i * step]);
+    for (int64_t i = 0; i < m; ++i) between[i] = x[i * step];
     const int64_t off = static_cast<int64_t>(2 * std::sqrt(static_cast<double>(m)));  // four standard deviations
-    const int64_t l = std::max<int64_t>(0, m / 2 - off), h = std::min(m - 1, m / 2 + off);
-    std::nth_element(scratch, scratch + l, scratch + m);
-    std::nth_element(scratch + l, scratch + h, scratch + m);
-    const T low = scratch[l], high = scratch[h];
+    const T low = Rows::select(between, m, m / 2 - off, keys), high = Rows::select(between, m, m / 2 + off, keys);
     int64_t below;
-    const int64_t count = Rows::partition(x, n, low, high, scratch, below);
-    if (below <= rank && rank < below + count) {
-      if (low == high) return low;
-      std::nth_element(scratch, scratch + rank - below, scratch + count);
-      return scratch[rank - below];
-    }
+    const int64_t count = Rows::partition(x, n, low, high, between, below);
+    if (below <= rank && rank < below + count) return Rows::select(between, count, rank - below, keys);
   }
-  for (int64_t i = 0; i < n; ++i) scratch[i] = number(x[i]);
-  std::nth_element(scratch, scratch + rank, scratch + n);
-  return scratch[rank];
+  return Rows::select(x, n, rank, keys);
 }
 
 template <typename T, typename Rows>
-T threshold(const T* x, int64_t n, int rule, double constant, T* scratch) {
+T threshold(const T* x, int64_t n, int rule, double constant, T* between, Key<T>* keys) {
   if (rule == CONSTANT) return rounded_up<T>(constant);
-  if (rule == MEDIAN) return median<T, Rows>(x, n, scratch);
+  if (rule == MEDIAN) return median<T, Rows>(x, n, between, keys);
   double sums[16], sum = 0;
   T largest[16];
   Rows::reduce(x, n, sums, largest);
   for (double part : sums) sum += part;
   const T top = *std::max_element(largest, largest + 16);
   const double mean = sum / static_cast<double>(n);
-  return rule == MAXIMUM || mean > static_cast<double>(top) ? top : rounded_up<T>(mean);
+  return rule == MAXIMUM || mean > static_cast<double>(top) ? top : rounded_up<T>(mean);  // NaN: infinities cancel
 }
 
 template <typename T, typename Rows>
@@ -183,15 +240,17 @@ void find(const T* maps, int64_t* places, int64_t* counts, int64_t BC, int64_t H
           int64_t window, int rule, double constant, int threads) {
   const int64_t reach = window / 2, wide = W + 2 * reach, blocks = (W + BLOCK - 1) / BLOCK * BLOCK;
   parallel_for(BC, 1, threads, [&](int64_t begin, int64_t end) {
-    const Memory<T> rows = buffer<T>(window * (wide + W) + 2 * W), scratch = buffer<T>(rule == MEDIAN ? H * W + 1 : 1);
+    const int64_t sorted = rule == MEDIAN ? H * W + 1 : 1;
+    const Memory<T> rows = buffer<T>(window * (wide + W) + 2 * W), between = buffer<T>(sorted);
+    const Memory<Key<T>> keys = buffer<Key<T>>(sorted);
     const Memory<uint8_t> flags = buffer<uint8_t>(blocks, 0);
     T *const padded = rows.get(), *const ring = padded + window * wide, *const before = ring + window * W;
     for (int64_t map = begin; map < end; ++map) {
       const T* x = maps + map * H * W;
-      const T least = threshold<T, Rows>(x, H * W, rule, constant, scratch.get());
+      const T least = threshold<T, Rows>(x, H * W, rule, constant, between.get(), keys.get());
       int64_t* const to = places + map * (most + 1);
       int64_t count = 0, loaded = 0;
-      for (int64_t y = 0; y < H; ++y) {
+      for (int64_t y = 0; y < H && least == least; ++y) {
         for (; loaded <= std::min(H - 1, y + reach); ++loaded)
           Rows::load_row(x + loaded * W, W, reach, padded + loaded % window * wide, ring + loaded % window * W);
         Rows::flag_row(padded + y % window * wide, ring, y, H, W, reach, least, before, before + W, flags.get());
