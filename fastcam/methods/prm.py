@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
+from fastcam.metrics import mask_iou
 from fastcam.nn import CamFusion, FusedCams, create_backbone, peak_backprop, peak_response_maps, peak_stimulation
 from fastcam.nn.optim import sgd_poly
 
@@ -210,13 +211,6 @@ def proposal_scores(
     edge = contours.flatten(1).to(prm.dtype).T
     outside = background.flatten(1).to(prm.dtype) @ inside
     return balance[:, None] * (response @ inside) + response @ edge - penalty[:, None] * outside
-
-
-def mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union ``(N, M)`` of bool masks ``(N, H, W)`` and ``(M, H, W)``; of two empty ones 0."""
-    x, y = a.flatten(1).float(), b.flatten(1).float()  # counts are exact up to 2^24 pixels
-    both = x @ y.T
-    return both / (x.sum(1)[:, None] + y.sum(1)[None] - both).clamp(min=1e-10)
 
 
 def suppress(found: Retrieved, threshold: float = 0.3, merge: bool = True, class_agnostic: bool = True) -> Retrieved:
