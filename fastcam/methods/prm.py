@@ -27,6 +27,8 @@ from fastcam.metrics import mask_iou
 from fastcam.nn import CamFusion, FusedCams, create_backbone, peak_backprop, peak_response_maps, peak_stimulation
 from fastcam.nn.optim import sgd_poly
 
+CHUNK = 64  # proposals that are scored at a time: their masks as numbers take 4 bytes a pixel
+
 
 @dataclass(frozen=True)
 class Config:
@@ -291,14 +293,10 @@ def retrieve_instances(
     if len(prm) == 0 or len(proposals) == 0:
         return Retrieved(proposals[:0], classes[:0], prm.new_zeros(0), prm[:0])
     count = len(peaks.maps)
-    scores = proposal_scores(
-        prm,
-        background_masks(peaks.maps, (size[0], size[1]), background_factor)[classes],
-        proposals,
-        mask_contours(proposals, contour),
-        _per_class(balance, count).to(prm)[classes],
-        _per_class(penalty, count).to(prm)[classes],
-    )
+    background = background_masks(peaks.maps, (size[0], size[1]), background_factor)[classes]
+    weights = [_per_class(value, count).to(prm)[classes] for value in (balance, penalty)]
+    parts = proposals.split(CHUNK)
+    scores = torch.cat([proposal_scores(prm, background, s, mask_contours(s, contour), *weights) for s in parts], dim=1)
     best, index = scores.max(dim=1)
     return suppress(Retrieved(proposals[index], classes, best, prm), nms, merge, class_agnostic)
 

@@ -6,6 +6,7 @@ from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_c
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 from fastcam.nn.peaks import peak_backprop, peak_response_maps, peak_stimulation
+from fastcam.nn.proposals import tree_proposals
 from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "peak_response_maps",
     "peak_stimulation",
     "pixel_correlation",
+    "tree_proposals",
     "two_threshold_labels",
 ]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastcam.data import multi_scale
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, Instances, load_instances, open_pass, save_cams, save_instances
+from fastcam.nn import tree_proposals
 from fastcam.pipelines._data import Data, file_fingerprint, load_trained, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 
@@ -104,7 +105,8 @@ def make_cam(
         stride: pixels between two stored values of a map; 4 loses little, 1 stores every pixel.
         tag_threshold: smallest probability of a class in images without tags.
         instances: folder for the objects in each image, .json with COCO's run-length masks, for method prm.
-        proposals: folder of .json files of the same kind, masks that may be objects, the most likely first.
+        proposals: folder of .json files of the same kind, masks that may be objects, the most likely first. By default
+            the regions of the image's merge tree.
         device: auto, cpu or cuda.
         workers: threads that read images and write maps.
     """
@@ -121,9 +123,7 @@ def make_cam(
     if instances is not None:
         if not hasattr(network, "instances"):
             raise FastcamError(f"instances are for methods that find objects, and {network.name} does not; leave them out")
-        if proposals is None:
-            raise FastcamError("instances need proposals; give a folder of them")
-        record["proposals"] = str(proposals)
+        record["proposals"] = None if proposals is None else str(proposals)
     elif proposals is not None:
         raise FastcamError("proposals are for instances; give a folder for them, or leave the proposals out")
     network.to(pick_device(device), memory_format=torch.channels_last)
@@ -133,7 +133,10 @@ def make_cam(
     def read(image_id: str) -> tuple[str, Tensor, list[Tensor], Tensor | None, Tensor | None]:
         item = dataset.by_id(image_id)
         image = item["image"].as_subclass(Tensor)
-        masks = None if proposals is None else load_instances(proposals / f"{image_id}.json").masks
+        masks = None
+        if instances is not None:
+            given = None if proposals is None else load_instances(proposals / f"{image_id}.json").masks
+            masks = tree_proposals(image) if given is None else given
         return image_id, image, views_of(image), item.get("tags"), masks
 
     def compute(
