@@ -1,4 +1,4 @@
-"""Files in and out: label maps, CAMs, objects, IRN's dictionaries, weights, images and the book-keeping of passes."""
+"""Files in and out: labels, saliency, CAMs, objects, IRN's dictionaries, weights, images, book-keeping of passes."""
 
 from fastcam.io.atomic import atomic_write
 from fastcam.io.cams import CamSet, load_cams, save_cams
@@ -7,6 +7,7 @@ from fastcam.io.instances import Instances, load_instances, save_instances
 from fastcam.io.irn import load_irn_npy, save_irn_npy
 from fastcam.io.labels import read_label_png, voc_palette, write_label_png
 from fastcam.io.passes import finished_ids, open_pass, read_pass
+from fastcam.io.saliency import find_saliency, read_saliency
 from fastcam.io.weights import load_weights, save_weights
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "CamSet",
     "Instances",
     "atomic_write",
+    "find_saliency",
     "finished_ids",
     "load_cams",
     "load_instances",
@@ -24,6 +26,7 @@ __all__ = [
     "read_image",
     "read_label_png",
     "read_pass",
+    "read_saliency",
     "save_cams",
     "save_instances",
     "save_irn_npy",

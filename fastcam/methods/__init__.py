@@ -17,6 +17,7 @@ METHODS = {
     "cam": ("fastcam.methods.cam", "CAM"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "irn": ("fastcam.methods.irn", "IRN"),
+    "mcof": ("fastcam.methods.mcof", "MCOF"),
     "prm": ("fastcam.methods.prm", "PRM"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
