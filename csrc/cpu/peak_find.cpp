@@ -176,30 +176,29 @@ T rounded_up(double t) {
   return static_cast<double>(near) < t ? std::nextafter(near, std::numeric_limits<T>::infinity()) : near;
 }
 
-#define FASTCAM_PEAK_FIND(T, SUFFIX)                                                                               \
-  FASTCAM_MULTIVERSION int64_t partition_##SUFFIX(const T* x, int64_t n, T low, T high, T* between,                \
-                                                  int64_t& below) {                                                \
-    return partition(x, n, low, high, between, below);                                                             \
-  }                                                                                                                \
-  FASTCAM_MULTIVERSION T select_##SUFFIX(const T* x, int64_t n, int64_t rank, Key<T>* keys) {                      \
-    return select(x, n, rank, keys);                                                                               \
-  }                                                                                                                \
-  FASTCAM_MULTIVERSION void reduce_##SUFFIX(const T* x, int64_t n, double* sum, T* largest) {                      \
-    reduce(x, n, sum, largest);                                                                                    \
-  }                                                                                                                \
-  FASTCAM_MULTIVERSION void load_row_##SUFFIX(const T* x, int64_t W, int64_t reach, T* padded, T* widest) {        \
-    load_row(x, W, reach, padded, widest);                                                                         \
-  }                                                                                                                \
-  FASTCAM_MULTIVERSION void flag_row_##SUFFIX(const T* padded, const T* ring, int64_t y, int64_t H, int64_t W,     \
-                                              int64_t reach, T threshold, T* before, T* after, uint8_t* flags) {   \
-    flag_row(padded, ring, y, H, W, reach, threshold, before, after, flags);                                       \
-  }                                                                                                                \
-  struct Rows_##SUFFIX {                                                                                           \
-    static constexpr auto partition = partition_##SUFFIX;                                                          \
-    static constexpr auto select = select_##SUFFIX;                                                                \
-    static constexpr auto reduce = reduce_##SUFFIX;                                                                \
-    static constexpr auto load_row = load_row_##SUFFIX;                                                            \
-    static constexpr auto flag_row = flag_row_##SUFFIX;                                                            \
+#define FASTCAM_PEAK_FIND(T, SUFFIX)                                                                                  \
+  FASTCAM_MULTIVERSION int64_t partition_##SUFFIX(const T* x, int64_t n, T low, T high, T* between, int64_t& below) { \
+    return partition(x, n, low, high, between, below);                                                                \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION T select_##SUFFIX(const T* x, int64_t n, int64_t rank, Key<T>* keys) {                         \
+    return select(x, n, rank, keys);                                                                                  \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void reduce_##SUFFIX(const T* x, int64_t n, double* sum, T* largest) {                         \
+    reduce(x, n, sum, largest);                                                                                       \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void load_row_##SUFFIX(const T* x, int64_t W, int64_t reach, T* padded, T* widest) {           \
+    load_row(x, W, reach, padded, widest);                                                                            \
+  }                                                                                                                   \
+  FASTCAM_MULTIVERSION void flag_row_##SUFFIX(const T* padded, const T* ring, int64_t y, int64_t H, int64_t W,        \
+                                              int64_t reach, T threshold, T* before, T* after, uint8_t* flags) {      \
+    flag_row(padded, ring, y, H, W, reach, threshold, before, after, flags);                                          \
+  }                                                                                                                   \
+  struct Rows_##SUFFIX {                                                                                              \
+    static constexpr auto partition = partition_##SUFFIX;                                                             \
+    static constexpr auto select = select_##SUFFIX;                                                                   \
+    static constexpr auto reduce = reduce_##SUFFIX;                                                                   \
+    static constexpr auto load_row = load_row_##SUFFIX;                                                               \
+    static constexpr auto flag_row = flag_row_##SUFFIX;                                                               \
   };
 
 FASTCAM_PEAK_FIND(float, f32)

@@ -245,7 +245,7 @@ class MCOF(nn.Module):
         self.classifier = nn.Linear(config.hidden, num_classes + 1)
 
     def region_logits(self, features: Tensor, cells: Tensor, count: int) -> Tensor:
-        """Logits ``(N, C + 1)`` of the regions of one image from its features ``(D, h, w)`` and :func:`region_cells`."""
+        """Logits ``(N, C + 1)`` of one image's regions from its features ``(D, h, w)`` and :func:`region_cells`."""
         if self.config.pooling == "mean":
             pooled = region_mean_pool(features, cells, count)
         else:

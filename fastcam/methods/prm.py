@@ -41,7 +41,7 @@ class Config:
         frozen_stages: stages that do not learn.
         frozen_norm: whether batch norm keeps its running statistics in training; the authors' does not.
         window: side of the window whose largest value is a peak.
-        threshold: ``"median"``, ``"mean"``, ``"max"`` of a map, or a number: peaks below it do not count. ``None``: all.
+        threshold: a map's ``"median"``, ``"mean"``, ``"max"``, or a number: peaks below it do not count. ``None``: all.
         sub_pixel: maps are enlarged by this factor before peaks are found, in training.
         inference_sub_pixel: likewise, afterwards.
         exact_grad: whether a peak's gradient is divided by the number of peaks. The authors' is not, and their learning
@@ -427,9 +427,7 @@ class PRM(nn.Module):
             prm = prm / torch.where(total > 0, total, 1)
         return Peaks(maps[0], places, prm.view(-1, height, width))
 
-    def instances(
-        self, image: Tensor, proposals: Tensor, keys: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def instances(self, image: Tensor, proposals: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Objects of one image.
 
         Args:

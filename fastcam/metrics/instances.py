@@ -132,7 +132,9 @@ class InstanceScores:
 
     def best_overlap(self) -> Tensor:
         """Mean over a class's objects of the largest IoU with a detection of it ``(C,)``; NaN without objects."""
-        return torch.stack([torch.cat(b).double().mean() if b else torch.tensor(torch.nan).double() for b in self._best])
+        return torch.stack(
+            [torch.cat(b).double().mean() if b else torch.tensor(torch.nan).double() for b in self._best]
+        )
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def peak_stimulation(
         maps: class response maps :math:`(B, C, H, W)`, with at least one pixel. The gradient reaches the peaks alone.
         window: as :func:`fastcam.peak_find`.
         threshold: likewise. A map without peaks, which a number can leave or one of NaN is, gives its maximum.
-        exact_grad: whether the gradient of a peak is ``g / N``, the derivative; the authors' program leaves out ``1 / N``
-            and has learning rates to match.
+        exact_grad: whether the gradient of a peak is ``g / N``, the derivative; the authors' program leaves out
+            ``1 / N`` and has learning rates to match.
 
     Returns:
         Logits :math:`(B, C)`, peaks int64 :math:`(n, 4)` (image, class, row, column), their number int64
@@ -124,8 +124,11 @@ class _TopDownConv(torch.autograd.Function):
         return F.conv2d(F.pad(x, extra), weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
-    def backward(ctx: Any, p: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return F.pad(conv_topdown(*ctx.saved_tensors, p, *ctx.geometry), ctx.extra), *[None] * 7
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor | None, ...]:
+        u_hat, weight_pos, norm = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        mass = conv_topdown(u_hat, weight_pos, norm, p, stride, padding, dilation, groups)
+        return F.pad(mass, ctx.extra), *[None] * 7
 
 
 class _PassThrough(torch.autograd.Function):
@@ -136,7 +139,7 @@ class _PassThrough(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, None]:
         return p, None
 
 
@@ -153,7 +156,7 @@ class _SplitSum(torch.autograd.Function):
         return x + y
 
     @staticmethod
-    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, Tensor, None]:
         first = p * ctx.saved_tensors[0]
         return first, p - first, None
 
@@ -195,7 +198,7 @@ class TopDown(TorchFunctionMode):
 
 
 def _conv2d(
-    input: Tensor,  # noqa: A002 (torch's name)
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,

@@ -57,7 +57,9 @@ def masked_roi_pool(features: Tensor, cells: Tensor, count: int, bins: int = 7) 
     pair, u, v = (inside[:, 0, :, None] & inside[:, 1, None]).nonzero().unbind(dim=1)
     slot = (region[pair] * bins + u) * bins + v
     flat = features.flatten(1).T[place[:, 0] * features.shape[2] + place[:, 1]]  # (P, C)
-    parts = [_largest(flat[:, c : c + CHANNELS], pair, slot, count * bins**2) for c in range(0, flat.shape[1], CHANNELS)]
+    parts = [
+        _largest(flat[:, c : c + CHANNELS], pair, slot, count * bins**2) for c in range(0, flat.shape[1], CHANNELS)
+    ]
     return torch.cat(parts, dim=1).view(count, bins, bins, -1).permute(0, 3, 1, 2)
 
 

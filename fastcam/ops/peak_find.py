@@ -74,7 +74,8 @@ def peak_find(
             raise ValueError(
                 f"peak_find: expected threshold 'median', 'mean', 'max', a number or None, got {threshold!r}"
             )
-        rule, constant = threshold, 0.0
+        rule: str = threshold
+        constant = 0.0
     else:
         rule, constant = "constant", -math.inf if threshold is None else float(threshold)
         if math.isnan(constant):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastcam import peak_find
-from fastcam.bench._harness import CaseIterator, Case, compiled
+from fastcam.bench._harness import Case, CaseIterator, compiled
 
 
 def pooled(maps: Tensor) -> Tensor:
     """Max pooling of a map padded with -inf; a peak is its own window's maximum and at least the median."""
-    B, C, H, W = maps.shape
+    H, W = maps.shape[2:]
     _, place = F.max_pool2d(F.pad(maps, (1, 1, 1, 1), value=-torch.inf), 3, 1, return_indices=True)
     rows, columns = torch.arange(1, H + 1), torch.arange(1, W + 1)
     own = (rows[:, None] * (W + 2) + columns).to(maps.device)
@@ -37,14 +40,15 @@ def cases(device: str) -> CaseIterator:
             small = torch.randn(B, C, coarse, coarse * W // H, generator=g)
             maps, kind = F.interpolate(small, (H, W), mode="bicubic", align_corners=True), "smooth"
         maps = maps.to(device)
-        runners = {
+        runners: dict[str, Callable[[], Any]] = {
             "fastcam": lambda maps=maps: peak_find(maps),
             "max_pool2d, median": lambda maps=maps: pooled(maps),
         }
         if device == "cuda":
             runners["fastcam triton"] = lambda maps=maps: peak_find(maps, backend="triton")
         else:
-            runners["max_pool2d, median, torch.compile"] = lambda maps=maps, f=compiled(pooled): f(maps)
+            fused = compiled(pooled)
+            runners["max_pool2d, median, torch.compile"] = lambda maps=maps, fused=fused: fused(maps)
             try:
                 from skimage.feature import peak_local_max
             except ModuleNotFoundError:

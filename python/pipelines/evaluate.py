@@ -34,9 +34,9 @@ def evaluate(
     """Scores label PNGs, CAMs or objects against the masks of a data set, and writes scores.json.
 
     Objects (.json) are scored by average precision over regions, AP^r, and by the best overlap with each true object.
-    All counts of labels and CAMs go into one confusion matrix over the data set. CAMs are scored at a threshold, or with their own
-    background; every constant threshold from 0 to 0.99 is scored beside it, and without a threshold or a background of
-    their own the best one stands for them.
+    All counts of labels and CAMs go into one confusion matrix over the data set. CAMs are scored at a threshold, or
+    with their own background; every constant threshold from 0 to 0.99 is scored beside it, and without a threshold or a
+    background of their own the best one stands for them.
 
     Args:
         data: the data set with masks.

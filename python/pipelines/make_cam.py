@@ -122,7 +122,9 @@ def make_cam(
         record["tag_threshold"] = tag_threshold
     if instances is not None:
         if not hasattr(network, "instances"):
-            raise FastcamError(f"instances are for methods that find objects, and {network.name} does not; leave them out")
+            raise FastcamError(
+                f"instances are for methods that find objects, and {network.name} does not; leave them out"
+            )
         record["proposals"] = None if proposals is None else str(proposals)
     elif proposals is not None:
         raise FastcamError("proposals are for instances; give a folder for them, or leave the proposals out")

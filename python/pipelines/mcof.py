@@ -217,7 +217,7 @@ def mcof(
     pixelnet: dict[str, Any] | None = None,
     iterations: int = 5,
     mining: Mining = Mining(),
-    crf: Crf = Crf(preset="psa"),
+    crf: Crf = Crf(preset="psa"),  # noqa: B008 (frozen)
     saliency: Path | None = None,
     trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
     pixel_trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
@@ -229,8 +229,8 @@ def mcof(
     Iteration t has a folder of its own, iteration_t, with a folder for each step: seeds (labels of regions), regionnet
     (the network trained on them), mined (what it makes of all regions), refined (with saliency and the CRF), pixelnet
     (the segmentation network trained on that), masks (what it makes of the images, which gives the seeds of the
-    next). Every step is a pass: finished ones are skipped, and a run that was stopped goes on where it was. All labels are
-    PNGs that evaluate scores; the last pixelnet is for segment --predict.
+    next). Every step is a pass: finished ones are skipped, and a run that was stopped goes on where it was. All labels
+    are PNGs that evaluate scores; the last pixelnet is for segment --predict.
 
     Args:
         data: the images, with tags.
@@ -298,8 +298,8 @@ def _seeds_pass(
     source = input_record(before, "make-cam")
     names = ("high", "low", "background_cam", "background_saliency", "background_rest", "share")
     record = {"pass": "mcof-seeds", **{name: getattr(mining, name) for name in names}, **source}
-    record |= {"regions": input_record(regions, "mcof")["input"], "saliency": None if saliency is None else str(saliency)}
-    record["classes"] = list(dataset.classes)
+    record |= {"regions": input_record(regions, "mcof")["input"], "classes": list(dataset.classes)}
+    record["saliency"] = None if saliency is None else str(saliency)
     open_pass(out, record)
 
     def one(image_id: str) -> None:

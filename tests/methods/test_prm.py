@@ -108,7 +108,8 @@ class TestPRM:
         assert (masks.shape, len(classes), len(scores)) == ((0, 40, 50), 0, 0)
 
     def test_objects_are_proposals_best_first(self, method):
-        proposals = torch.rand(30, 40, 50, generator=torch.Generator().manual_seed(0)) > torch.linspace(0.3, 0.9, 30)[:, None, None]
+        noise = torch.rand(30, 40, 50, generator=torch.Generator().manual_seed(0))
+        proposals = noise > torch.linspace(0.3, 0.9, 30)[:, None, None]
         with torch.inference_mode():
             masks, classes, scores = method.eval().instances(torch.randn(3, 40, 50), proposals, torch.tensor([0, 2]))
         assert len(masks) > 0
@@ -207,7 +208,7 @@ class TestRetrieval:
         assert len(retrieve_instances(peaks, torch.stack([all_ones, empty])).masks) == 0
         assert torch.equal(retrieve_instances(peaks, torch.stack([all_ones, usable])).masks[0], usable)
         assert len(retrieve_instances(peaks, torch.stack([all_ones, usable]), top=1).masks) == 0
-        with pytest.raises(ValueError, match=r"^retrieve_instances: expected proposals bool \(J, 20, 20\), got .* \(1, 5"):
+        with pytest.raises(ValueError, match=r"^retrieve_instances: expected proposals bool \(J, 20, 20\), got .* \("):
             retrieve_instances(peaks, torch.ones(1, 5, 5, dtype=torch.bool))
 
     def test_first_of_equal_proposals_wins(self):

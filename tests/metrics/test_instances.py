@@ -101,8 +101,9 @@ def test_point_outside_every_box_of_its_class_is_a_miss():
     rows = mask_boxes(boxes((2, 3, 5, 8), (0, 0, 1, 1)))
     assert rows.tolist() == [[2, 3, 4, 7], [0, 0, 0, 0]]
     points = torch.tensor([[4, 7], [5, 7], [0, 0], [0, 0]])
-    assert point_hits(points, torch.tensor([0, 0, 0, 1]), rows, torch.tensor([0, 1])).tolist() == [True, False, False, True]
-    with pytest.raises(ValueError, match="^mask_boxes: expected masks with at least one pixel each"):
+    hits = point_hits(points, torch.tensor([0, 0, 0, 1]), rows, torch.tensor([0, 1]))
+    assert hits.tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"^mask_boxes: expected masks with at least one pixel each"):
         mask_boxes(boxes((0, 0, 0, 0)))
 
 

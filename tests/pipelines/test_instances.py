@@ -78,7 +78,8 @@ def test_true_objects_score_100_and_the_scores_are_written(val, root, tmp_path):
         labels = read_label_png(root / "SegmentationClass" / f"{image_id}.png")
         masks, classes = true_objects(labels, labels)
         assert classes.tolist() == [k - 1 for k in labels.unique().tolist() if k not in (0, 255)]
-        save_instances(tmp_path / "found" / f"{image_id}.json", image_id, Instances(masks, classes, torch.rand(len(masks))))
+        found = Instances(masks, classes, torch.rand(len(masks)))
+        save_instances(tmp_path / "found" / f"{image_id}.json", image_id, found)
     data = Data(root=val.root, split="val", objects=str(tmp_path / "numbers"))
     scores = evaluate(data, tmp_path / "found")
     assert scores["mean_ap"] == [1.0, 1.0, 1.0]
@@ -103,7 +104,8 @@ def test_labels_of_other_classes_and_numbers_of_another_size_are_refused(val, ro
     (tmp_path / "list.txt").write_text("val_0000\n")
     data = Data(root=val.root, split=str(tmp_path / "list.txt"), objects=str(tmp_path / "numbers"))
     whole = torch.ones(1, 48, 48, dtype=torch.bool)
-    save_instances(tmp_path / "found" / "val_0000.json", "val_0000", Instances(whole, torch.tensor([90]), torch.ones(1)))
+    wrong = Instances(whole, torch.tensor([90]), torch.ones(1))
+    save_instances(tmp_path / "found" / "val_0000.json", "val_0000", wrong)
     with pytest.raises(FastcamError, match="has label 91, expected 1 to"):
         evaluate(data, tmp_path / "found")
     save_instances(tmp_path / "found" / "val_0000.json", "val_0000", Instances(whole, torch.tensor([0]), torch.ones(1)))

@@ -142,7 +142,8 @@ def test_regions_survive_the_file_and_the_transform(data, root, mined, tmp_path)
     assert int(inside.sum()) == 48 * 48
     regions = read_regions(out / "superpixels" / "train_0003.png")
     assert torch.equal(item["regions"][inside], regions.flatten())
-    assert torch.equal(item["mask"][inside], read_label_png(out / "iteration_1" / "seeds" / "train_0003.png").flatten().long())
+    labels = read_label_png(out / "iteration_1" / "seeds" / "train_0003.png")
+    assert torch.equal(item["mask"][inside], labels.flatten().long())
     assert (item["mask"][~inside] == 255).all()
 
 
