@@ -35,7 +35,6 @@ class Data:
         tags: image-level labels: mask (the classes in the mask), xml (Annotations/), or a .csv or .npy file, below root
             or absolute. By default mask for root, none for images.
         masks: folder of the true masks, below root or absolute.
-        objects: folder of PNGs that number the true objects, below root or absolute; where objects are scored.
     """
 
     root: str | None = None
@@ -44,7 +43,6 @@ class Data:
     classes: str | list[str] | None = None
     tags: str | None = None
     masks: str = "SegmentationClass"
-    objects: str = "SegmentationObject"
 
 
 class Images(Dataset[dict[str, Any]]):

@@ -29,6 +29,7 @@ def evaluate(
     out: Path | None = None,
     threshold: float | None = None,
     ignored: Literal["background", "skip"] = "background",
+    objects: Path = Path("SegmentationObject"),
     workers: int = 2,
 ) -> dict[str, Any]:
     """Scores label PNGs, CAMs or objects against the masks of a data set, and writes scores.json.
@@ -44,6 +45,7 @@ def evaluate(
         out: folder for scores.json; the folder of the predictions if it is not given.
         threshold: constant score of the background, for CAMs.
         ignored: what a predicted 255 counts as: background (IRN), or nothing (AFA; flatters labels that ignore much).
+        objects: folder of PNGs that number the true objects, below data.root or absolute, for predicted objects.
         workers: images that are read at the same time.
 
     Returns:
@@ -66,7 +68,8 @@ def evaluate(
         raise FastcamError(f"{predictions} has no prediction for {count}, e.g. {missing[0]}; finish that pass first")
     where = {"data": dataclasses.asdict(data), "predictions": os.path.relpath(predictions, out or predictions)}
     if suffix == ".json":
-        scores = {**where, "images": len(dataset.ids), **_score_instances(data, dataset, predictions, workers)}
+        root = Path(data.root or "", objects)
+        scores = {**where, "images": len(dataset.ids), **_score_instances(dataset, predictions, root, workers)}
         return _written(out or predictions, scores)
     names = ["background", *dataset.classes]
     score = _score_cams if suffix == ".npz" else _score_labels
@@ -149,9 +152,8 @@ def true_objects(labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(masks) if masks else empty, torch.tensor(classes, dtype=torch.int64)
 
 
-def _score_instances(data: Data, dataset: Any, folder: Path, workers: int) -> dict[str, Any]:
+def _score_instances(dataset: Any, folder: Path, objects: Path, workers: int) -> dict[str, Any]:
     scores = InstanceScores(len(dataset.classes))
-    root = Path(data.root or "", data.objects)
 
     def read(image_id: str) -> tuple[Instances, Tensor, Tensor, Tensor]:
         found = load_instances(folder / f"{image_id}.json")
@@ -159,10 +161,10 @@ def _score_instances(data: Data, dataset: Any, folder: Path, workers: int) -> di
             at = f"{folder / image_id}.json has label {int(found.classes.max()) + 1}"
             raise FastcamError(f"{at}, expected 1 to {len(dataset.classes)}; check data.classes")
         labels = load_mask(dataset, image_id, found.masks.shape[1:])
-        numbers = read_label_png(root / f"{image_id}.png")
+        numbers = read_label_png(objects / f"{image_id}.png")
         if numbers.shape != labels.shape:
             size = f"{numbers.shape[1]} x {numbers.shape[0]}"
-            raise FastcamError(f"objects {root / image_id}.png are {size} pixels, their mask is not; make them alike")
+            raise FastcamError(f"objects {objects / image_id}.png are {size} pixels, their mask is not; make them alike")
         return found, *true_objects(labels, numbers), labels == 255
 
     for image in ordered_map(read, dataset.ids, workers):

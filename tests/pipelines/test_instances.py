@@ -80,8 +80,7 @@ def test_true_objects_score_100_and_the_scores_are_written(val, root, tmp_path):
         assert classes.tolist() == [k - 1 for k in labels.unique().tolist() if k not in (0, 255)]
         found = Instances(masks, classes, torch.rand(len(masks)))
         save_instances(tmp_path / "found" / f"{image_id}.json", image_id, found)
-    data = Data(root=val.root, split="val", objects=str(tmp_path / "numbers"))
-    scores = evaluate(data, tmp_path / "found")
+    scores = evaluate(Data(root=val.root, split="val"), tmp_path / "found", objects=tmp_path / "numbers")
     assert scores["mean_ap"] == [1.0, 1.0, 1.0]
     assert scores["mean_best_overlap"] == 1
     assert sum(scores["objects"].values()) > 0
@@ -102,13 +101,13 @@ def test_an_object_has_the_commonest_label_of_its_pixels():
 def test_labels_of_other_classes_and_numbers_of_another_size_are_refused(val, root, tmp_path):
     numbered(root, tmp_path / "numbers", ["val_0000"])
     (tmp_path / "list.txt").write_text("val_0000\n")
-    data = Data(root=val.root, split=str(tmp_path / "list.txt"), objects=str(tmp_path / "numbers"))
+    data, numbers = Data(root=val.root, split=str(tmp_path / "list.txt")), tmp_path / "numbers"
     whole = torch.ones(1, 48, 48, dtype=torch.bool)
     wrong = Instances(whole, torch.tensor([90]), torch.ones(1))
     save_instances(tmp_path / "found" / "val_0000.json", "val_0000", wrong)
     with pytest.raises(FastcamError, match="has label 91, expected 1 to"):
-        evaluate(data, tmp_path / "found")
+        evaluate(data, tmp_path / "found", objects=numbers)
     save_instances(tmp_path / "found" / "val_0000.json", "val_0000", Instances(whole, torch.tensor([0]), torch.ones(1)))
     Image.new("L", (5, 5)).save(tmp_path / "numbers" / "val_0000.png")
     with pytest.raises(FastcamError, match="are 5 x 5 pixels, their mask is not"):
-        evaluate(data, tmp_path / "found")
+        evaluate(data, tmp_path / "found", objects=numbers)
