@@ -164,7 +164,9 @@ def _score_instances(dataset: Any, folder: Path, objects: Path, workers: int) ->
         numbers = read_label_png(objects / f"{image_id}.png")
         if numbers.shape != labels.shape:
             size = f"{numbers.shape[1]} x {numbers.shape[0]}"
-            raise FastcamError(f"objects {objects / image_id}.png are {size} pixels, their mask is not; make them alike")
+            raise FastcamError(
+                f"objects {objects / image_id}.png are {size} pixels, their mask is not; make them alike"
+            )
         return found, *true_objects(labels, numbers), labels == 255
 
     for image in ordered_map(read, dataset.ids, workers):
