@@ -160,11 +160,16 @@ def mask_contours(masks: Tensor, width: int = 5) -> Tensor:
         bool ``(J, H, W)``.
     """
 
-    def spread(x: Tensor) -> Tensor:
-        return F.max_pool2d(F.max_pool2d(x, (1, width), 1, (0, width // 2)), (width, 1), 1, (width // 2, 0))
+    def spread(mask: Tensor) -> Tensor:
+        for axis in (1, 2):
+            size, wide = mask.shape[axis], mask.clone()
+            for step in range(1, min(width // 2 + 1, size)):
+                wide.narrow(axis, step, size - step).logical_or_(mask.narrow(axis, 0, size - step))
+                wide.narrow(axis, 0, size - step).logical_or_(mask.narrow(axis, step, size - step))
+            mask = wide
+        return mask
 
-    inside = masks[:, None].float()
-    return ((spread(inside) > 0) & (spread(1 - inside) > 0))[:, 0]
+    return spread(masks) & spread(~masks)
 
 
 def background_masks(maps: Tensor, size: tuple[int, int], factor: float | Sequence[float] = 0.95) -> Tensor:
@@ -287,7 +292,7 @@ def retrieve_instances(
             f"got {proposals.dtype} {tuple(proposals.shape)}"
         )
     proposals = proposals[:top].to(prm.device)
-    share = proposals.flatten(1).float().mean(dim=1)
+    share = proposals.flatten(1).sum(dim=1) / max(1, size[0] * size[1])
     proposals = proposals[(share >= area[0]) & (share < area[1])]
     classes = peaks.places[:, 0]
     if len(prm) == 0 or len(proposals) == 0:
