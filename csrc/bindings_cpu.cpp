@@ -87,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "pairwise_max_bwd", pairwise_max_bwd);
   bind(m, "path_affinity_fwd", path_affinity_fwd);
   bind(m, "path_affinity_bwd", path_affinity_bwd);
+  bind(m, "peak_find_fwd", peak_find_fwd);
+  bind(m, "peak_find_list", peak_find_list);
   bind(m, "pixel_refine_fwd", pixel_refine_fwd);
   bind(m, "pixel_refine_bwd", pixel_refine_bwd);
   bind(m, "prototype_similarity_fwd", prototype_similarity_fwd);

@@ -24,6 +24,7 @@ _LAZY = {  # public name -> module that defines it
     "Lattice": "fastcam.ops.crf_mean_field",
     "feature_affinity": "fastcam.ops.feature_affinity",
     "path_affinity": "fastcam.ops.path_affinity",
+    "peak_find": "fastcam.ops.peak_find",
     "pixel_refine": "fastcam.ops.pixel_refine",
     "random_walk": "fastcam.ops.random_walk",
     "region_graph": "fastcam.ops.region_graph",

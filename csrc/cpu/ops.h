@@ -71,6 +71,13 @@ void path_affinity_fwd(const void* edge, const int64_t* offsets, const int64_t* 
 void path_affinity_bwd(const void* grad, const void* edge, const int64_t* offsets, const int64_t* ends, void* grad_edge,
                        bool f64, int64_t B, int64_t P, int64_t H, int64_t W, int64_t radius, int threads);
 
+// maps (BC, H, W), counts (BC); places (BC, most + 1): the pixels that are peaks, `most` of them at most. rule: median,
+// mean, max, constant. peak_find_list turns them into peaks (n, 4): image, class, row, column.
+void peak_find_fwd(const void* maps, int64_t* places, int64_t* counts, bool f64, int64_t BC, int64_t H, int64_t W,
+                   int64_t most, int64_t window, int rule, double constant, int threads);
+void peak_find_list(const int64_t* places, const int64_t* counts, int64_t* peaks, int64_t B, int64_t C, int64_t W,
+                    int64_t most);
+
 // masks, out, grad (B, C, H, W); image (B, K, H, W); offsets (P, 2): neighbours (dy, dx), none further than reach along
 // either axis, and what is added to the weight of each: position (P).
 void pixel_refine_fwd(const void* masks, const void* image, const int64_t* offsets, const double* position, void* out,

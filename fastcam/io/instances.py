@@ -105,8 +105,10 @@ def load_instances(path: str | os.PathLike[str]) -> Instances:
         scores = torch.tensor([float(record["score"]) for record in records])
         return Instances(torch.from_numpy(masks), classes, scores)
     except FileNotFoundError:
-        raise FastcamError(f"instances {path} do not exist; run refine with --how irn --instances first") from None
+        raise FastcamError(
+            f"instances {path} do not exist; write them first, by refine or make-cam with --instances"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastcamError(
-            f"instances {path} are damaged or not made by refine ({error!r}); remove them and run the pass again"
+            f"instances {path} are damaged or not in COCO's form ({error!r}); remove them and run the pass again"
         ) from error

@@ -21,7 +21,9 @@ METHODS = {
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
     "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
+    "mcof": ("fastcam.methods.mcof", "MCOF"),
     "ocr": ("fastcam.methods.ocr", "OCR"),
+    "prm": ("fastcam.methods.prm", "PRM"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
 }

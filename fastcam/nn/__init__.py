@@ -6,6 +6,8 @@ from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_c
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 from fastcam.nn.losses import LossConfig, locally_adaptive_loss, ohem_cross_entropy, power_mean
+from fastcam.nn.peaks import peak_backprop, peak_response_maps, peak_stimulation
+from fastcam.nn.proposals import tree_proposals
 from fastcam.nn.refine import Refine, affinity_labels, confident_labels, two_threshold_labels
 from fastcam.nn.suppress import SuppressedReLU, suppress, suppress_activations
 from fastcam.nn.trunk import create_trunk, score_head
@@ -31,10 +33,14 @@ __all__ = [
     "max_normalize",
     "multi_scale_max",
     "ohem_cross_entropy",
+    "peak_backprop",
+    "peak_response_maps",
+    "peak_stimulation",
     "pixel_correlation",
     "power_mean",
     "score_head",
     "suppress",
     "suppress_activations",
+    "tree_proposals",
     "two_threshold_labels",
 ]

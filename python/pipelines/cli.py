@@ -25,6 +25,7 @@ COMMANDS = {  # command: (module and function of the pass, what it does)
     "train": ("train", "train a method on image-level tags"),
     "make-cam": ("make_cam", "multi-scale class activation maps of every image"),
     "refine": ("refine", "sharpen CAMs: by a CRF, IRN, PSA, PAR or PAMR"),
+    "mcof": ("mcof", "mine objects by regions and pixels in turn, from CAMs to a segmentation network"),
     "label": ("label", "turn CAMs into label PNGs, by one threshold or by two"),
     "pseudo-label": ("pseudo_label", "make-cam, refine and label in one go, on a folder or on millions of images"),
     "segment": ("segment", "train a segmentation network on label PNGs, or predict masks with one"),

@@ -1,4 +1,4 @@
-"""The evaluate pass: label PNGs or CAMs against masks."""
+"""The evaluate pass: label PNGs, CAMs or objects against masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastcam.errors import FastcamError
-from fastcam.io import atomic_write, finished_ids, load_cams, read_label_png
-from fastcam.metrics import ConfusionMatrix, cam_threshold_sweep, iou, mean_iou
+from fastcam.io import Instances, atomic_write, finished_ids, load_cams, load_instances, read_label_png
+from fastcam.metrics import ConfusionMatrix, InstanceScores, cam_threshold_sweep, iou, mean_iou
 from fastcam.pipelines._data import Data, folder_classes, load_mask, open_data
 from fastcam.pipelines._parallel import ordered_map
 from fastcam.pipelines.label import to_labels
@@ -29,20 +29,23 @@ def evaluate(
     out: Path | None = None,
     threshold: float | None = None,
     ignored: Literal["background", "skip"] = "background",
+    objects: Path = Path("SegmentationObject"),
     workers: int = 2,
 ) -> dict[str, Any]:
-    """Scores label PNGs or CAMs against the masks of a data set, and writes scores.json.
+    """Scores label PNGs, CAMs or objects against the masks of a data set, and writes scores.json.
 
-    All counts go into one confusion matrix over the data set. CAMs are scored at a threshold, or with their own
-    background; every constant threshold from 0 to 0.99 is scored beside it, and without a threshold or a background of
-    their own the best one stands for them.
+    Objects (.json) are scored by average precision over regions, AP^r, and by the best overlap with each true object.
+    All counts of labels and CAMs go into one confusion matrix over the data set. CAMs are scored at a threshold, or
+    with their own background; every constant threshold from 0 to 0.99 is scored beside it, and without a threshold or a
+    background of their own the best one stands for them.
 
     Args:
         data: the data set with masks.
-        predictions: folder of .png labels, or of CamSets that make-cam or refine wrote.
+        predictions: folder of .png labels, of CamSets that make-cam or refine wrote, or of .json objects.
         out: folder for scores.json; the folder of the predictions if it is not given.
         threshold: constant score of the background, for CAMs.
         ignored: what a predicted 255 counts as: background (IRN), or nothing (AFA; flatters labels that ignore much).
+        objects: folder of PNGs that number the true objects, below data.root or absolute, for predicted objects.
         workers: images that are read at the same time.
 
     Returns:
@@ -50,24 +53,29 @@ def evaluate(
         "classes", background first; "mean_iou" by the rule for absent classes ("skip", "zero", "gt_only"); "iou" by
         class (rule "skip"; null without pixels); "confusion", rows true; for CAMs "threshold" (null: their own
         background) and "sweep" {"thresholds", "mean_iou", "best_threshold", "best_mean_iou"}; for labels "ignored",
-        the fraction of predicted 255.
+        the fraction of predicted 255. Of objects "thresholds" of the overlap, "mean_ap" at each, "ap" by class at each
+        (null without true objects), "best_overlap" by class and "mean_best_overlap", "objects": their number by class.
 
     Raises:
         FastcamError: no masks, no or missing predictions, or a mask of another size than its prediction.
     """
     dataset = open_data(data, folder_classes(predictions), masks=True)
-    found = {suffix: finished_ids(predictions, suffix) for suffix in (".npz", ".png")}
+    found = {suffix: finished_ids(predictions, suffix) for suffix in (".npz", ".png", ".json")}
     suffix = max(found, key=lambda kind: len(found[kind] & set(dataset.ids)))
     missing = [image_id for image_id in dataset.ids if image_id not in found[suffix]]
     if missing:
         count = f"{len(missing)} of {len(dataset.ids)} images"
         raise FastcamError(f"{predictions} has no prediction for {count}, e.g. {missing[0]}; finish that pass first")
+    where = {"data": dataclasses.asdict(data), "predictions": os.path.relpath(predictions, out or predictions)}
+    if suffix == ".json":
+        root = Path(data.root or "", objects)
+        scores = {**where, "images": len(dataset.ids), **_score_instances(dataset, predictions, root, workers)}
+        return _written(out or predictions, scores)
     names = ["background", *dataset.classes]
     score = _score_cams if suffix == ".npz" else _score_labels
     confusion, further = score(dataset, predictions, len(names), threshold, ignored, workers)
     scores = {
-        "data": dataclasses.asdict(data),
-        "predictions": os.path.relpath(predictions, out or predictions),
+        **where,
         "images": len(dataset.ids),
         "classes": names,
         "mean_iou": {absent: _number(mean_iou(confusion, absent)) for absent in ABSENT},
@@ -75,13 +83,19 @@ def evaluate(
         **further,
         "confusion": confusion.tolist(),
     }
-    with atomic_write((out or predictions) / "scores.json") as temporary:
+    return _written(out or predictions, scores)
+
+
+def _written(folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    with atomic_write(folder / "scores.json") as temporary:
         temporary.write_text(json.dumps(scores, indent=2) + "\n")
     return scores
 
 
 def table(scores: dict[str, Any]) -> str:
     """What `evaluate` returned as lines of text."""
+    if "ap" in scores:
+        return _instance_table(scores)
     mean = scores["mean_iou"]
     lines = [f"{'class':<16} IoU %"]
     lines += [f"{name:<16} {_percent(value)}" for name, value in scores["iou"].items()]
@@ -100,8 +114,73 @@ def table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _instance_table(scores: dict[str, Any]) -> str:
+    lines = [f"{'class':<16} " + " ".join(f"{f'AP {t}':>7}" for t in scores["thresholds"]) + "     ABO objects"]
+    rows = [(name, scores["ap"][name], scores["best_overlap"][name], n) for name, n in scores["objects"].items()]
+    rows += [("mean", scores["mean_ap"], scores["mean_best_overlap"], sum(scores["objects"].values()))]
+    lines += [
+        f"{name:<16} " + " ".join(f"{_percent(value):>7}" for value in [*ap, best]) + f" {count:>7}"
+        for name, ap, best, count in rows
+    ]
+    return "\n".join([*lines, f"over {scores['images']} images"])
+
+
 def _percent(value: float | None) -> str:
     return "    -" if value is None else f"{100 * value:5.1f}"
+
+
+def true_objects(labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The objects of an image.
+
+    Args:
+        labels: of every pixel, uint8 `(H, W)`: 0 background, 255 ignored.
+        numbers: uint8 `(H, W)`: 0 and 255 no object, else the object's number.
+
+    Returns:
+        Masks bool `(M, H, W)` and classes int64 `(M,)`, label - 1: the commonest label below 255 of an object's pixels.
+        What is mostly background is no object of these classes.
+    """
+    masks, classes = [], []
+    for number in numbers.unique().tolist():
+        mask = numbers == number
+        inside = labels[mask & (labels != 255)]
+        if number in (0, 255) or len(inside) == 0 or (label := int(inside.bincount().argmax())) == 0:
+            continue
+        masks.append(mask)
+        classes.append(label - 1)
+    empty = torch.zeros(0, *labels.shape, dtype=torch.bool)
+    return torch.stack(masks) if masks else empty, torch.tensor(classes, dtype=torch.int64)
+
+
+def _score_instances(dataset: Any, folder: Path, objects: Path, workers: int) -> dict[str, Any]:
+    scores = InstanceScores(len(dataset.classes))
+
+    def read(image_id: str) -> tuple[Instances, Tensor, Tensor, Tensor]:
+        found = load_instances(folder / f"{image_id}.json")
+        if len(found.classes) and int(found.classes.max()) >= len(dataset.classes):
+            at = f"{folder / image_id}.json has label {int(found.classes.max()) + 1}"
+            raise FastcamError(f"{at}, expected 1 to {len(dataset.classes)}; check data.classes")
+        labels = load_mask(dataset, image_id, found.masks.shape[1:])
+        numbers = read_label_png(objects / f"{image_id}.png")
+        if numbers.shape != labels.shape:
+            size = f"{numbers.shape[1]} x {numbers.shape[0]}"
+            raise FastcamError(
+                f"objects {objects / image_id}.png are {size} pixels, their mask is not; make them alike"
+            )
+        return found, *true_objects(labels, numbers), labels == 255
+
+    for image in ordered_map(read, dataset.ids, workers):
+        scores.update(*image)
+    ap, best = scores.average_precision(), scores.best_overlap()
+    return {
+        "classes": list(dataset.classes),
+        "thresholds": list(scores.thresholds),
+        "mean_ap": [_number(value) for value in ap.nanmean(dim=0).tolist()],
+        "ap": {k: [_number(v) for v in row] for k, row in zip(dataset.classes, ap.tolist(), strict=True)},
+        "mean_best_overlap": _number(float(best.nanmean())),
+        "best_overlap": {k: _number(v) for k, v in zip(dataset.classes, best.tolist(), strict=True)},
+        "objects": dict(zip(dataset.classes, scores.objects, strict=True)),
+    }
 
 
 def _score_labels(

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastcam.data import multi_scale
 from fastcam.errors import FastcamError
-from fastcam.io import CamSet, open_pass, save_cams
+from fastcam.io import CamSet, Instances, load_instances, open_pass, save_cams, save_instances
+from fastcam.nn import tree_proposals
 from fastcam.pipelines._data import Data, file_fingerprint, load_trained, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 
@@ -82,6 +84,22 @@ def batch_cams(
     ]
 
 
+@torch.inference_mode()
+def image_instances(method: Any, view: Tensor, keys: Tensor | None, proposals: Tensor) -> Instances:
+    """Objects of one image.
+
+    Args:
+        method: a trained CAM method that finds objects (PRM), on its device.
+        view: the image, normalised, `(3, H, W)`.
+        keys: the classes that are present; `None` leaves that to the method.
+        proposals: bool `(J, h, w)`, the most object-like first; of another size than the image they are resized.
+    """
+    if proposals.shape[1:] != view.shape[1:]:
+        proposals = F.interpolate(proposals[None].float(), view.shape[1:], mode="nearest")[0] > 0
+    device = next(method.parameters()).device
+    return Instances(*method.instances(view.to(device), proposals.to(device), keys))
+
+
 def make_cam(
     data: Data,
     weights: Path,
@@ -89,6 +107,8 @@ def make_cam(
     scales: tuple[float, ...] = SCALES,
     stride: int = 4,
     tag_threshold: float = 0.5,
+    instances: Path | None = None,
+    proposals: Path | None = None,
     device: str = "auto",
     workers: int = 2,
 ) -> PassResult:
@@ -103,6 +123,9 @@ def make_cam(
         scales: factors of the image's size; [1.0,0.5,1.5,2.0] is usual.
         stride: pixels between two stored values of a map; 4 loses little, 1 stores every pixel.
         tag_threshold: smallest probability of a class in images without tags.
+        instances: folder for the objects in each image, .json with COCO's run-length masks, for method prm.
+        proposals: folder of .json files of the same kind, masks that may be objects, the most likely first. By default
+            the regions of the image's merge tree.
         device: auto, cpu or cuda.
         workers: threads that read images and write maps.
     """
@@ -116,20 +139,42 @@ def make_cam(
     tagged = dataset.tags_known
     if not tagged:
         record["tag_threshold"] = tag_threshold
+    if instances is not None:
+        if not hasattr(network, "instances"):
+            raise FastcamError(
+                f"instances are for methods that find objects, and {network.name} does not; leave them out"
+            )
+        record["proposals"] = None if proposals is None else str(proposals)
+    elif proposals is not None:
+        raise FastcamError("proposals are for instances; give a folder for them, or leave the proposals out")
     network.to(pick_device(device), memory_format=torch.channels_last)
     open_pass(out, {**record, "tags": "given" if tagged else "predicted", "classes": classes})
     views_of = functools.partial(multi_scale, scales=scales, mean=network.normalize[0], std=network.normalize[1])
 
-    def read(image_id: str) -> tuple[str, list[Tensor], Sequence[int], Tensor | None]:
+    def read(image_id: str) -> tuple[str, Tensor, list[Tensor], Tensor | None, Tensor | None]:
         item = dataset.by_id(image_id)
         image = item["image"].as_subclass(Tensor)
-        return image_id, views_of(image), image.shape[1:], item.get("tags")
+        masks = None
+        if instances is not None:
+            given = None if proposals is None else load_instances(proposals / f"{image_id}.json").masks
+            masks = tree_proposals(image) if given is None else given
+        return image_id, image, views_of(image), item.get("tags"), masks
 
-    def compute(job: tuple[str, list[Tensor], Sequence[int], Tensor | None]) -> tuple[str, CamSet]:
-        return job[0], image_cams(network, *job[1:], stride=stride, tag_threshold=tag_threshold)
+    def compute(
+        job: tuple[str, Tensor, list[Tensor], Tensor | None, Tensor | None],
+    ) -> tuple[str, CamSet, Instances | None]:
+        image_id, image, views, tags, masks = job
+        cams = image_cams(network, views, image.shape[1:], tags, stride=stride, tag_threshold=tag_threshold)
+        if masks is None:
+            return image_id, cams, None
+        (view,) = views_of(image, scales=(1.0,))
+        return image_id, cams, image_instances(network, view, None if tags is None else cams.keys, masks)
 
-    def write(done: tuple[str, CamSet]) -> None:
-        save_cams(out / f"{done[0]}.npz", done[1])
+    def write(done: tuple[str, CamSet, Instances | None]) -> None:
+        image_id, cams, objects = done
+        if instances is not None and objects is not None:
+            save_instances(instances / f"{image_id}.json", image_id, objects)
+        save_cams(out / f"{image_id}.npz", cams)  # last: an image with CAMs is finished
 
     def work(ids: Iterable[str]) -> Iterator[None]:
         return ordered_map(write, map(compute, ordered_map(read, ids, workers)), workers)

@@ -122,7 +122,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
     with seeded_init(trainer.seed):
         network: Any = create_method(num_classes=len(dataset.classes), **method)
     if network.kind != "cam":
-        command = "refine" if network.kind == "refiner" else "segment"
+        command = {"refiner": "refine", "regions": "mcof"}.get(network.kind, "segment")
         raise FastcamError(
             f"method {network.name} is a {network.kind}, which does not learn from tags; use fastcam {command}"
         )

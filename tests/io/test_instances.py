@@ -64,12 +64,12 @@ def test_category_is_the_label(tmp_path):
 def test_damaged_file_is_named(content, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(FastcamError, match=r"a\.json are damaged or not made by refine"):
+    with pytest.raises(FastcamError, match=r"a\.json are damaged or not in COCO's form"):
         load_instances(path)
 
 
 def test_missing_file_says_which_pass_makes_it(tmp_path):
-    with pytest.raises(FastcamError, match="do not exist; run refine with --how irn"):
+    with pytest.raises(FastcamError, match="do not exist; write them first"):
         load_instances(tmp_path / "a.json")
 
 
