@@ -89,7 +89,7 @@ class TestHelp:
 
 def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
-    kinds = {"deeplab": "segmenter", "irn": "refiner", "ocr": "segmenter", "psa": "refiner"}
+    kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
     return kinds.get(config.split("_")[0], "cam")
 
 
@@ -98,6 +98,7 @@ class TestSettings:
     def test_shipped_configuration_is_known_by_name_and_has_only_known_keys(self, config, capsys):
         """It gets as far as the missing data set, past all checks of its own keys."""
         commands = {"segmenter": ["segment", "--labels", "none"], "refiner": ["refine", "--cams", "none"]}
+        commands["regions"] = ["mcof", "--cams", "none"]
         command = commands.get(kind_of(config), ["train"])
         message = error_of(capsys, *command, "--config", config, "--out", "out")
         assert message.startswith("expected either data.root" if command == ["train"] else "input folder none does not")
@@ -105,7 +106,8 @@ class TestSettings:
     @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     def test_method_of_a_shipped_configuration_can_be_built(self, config):
         recipe = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-        method = create_method(num_classes=6, **{"name": recipe.get("how"), **recipe["method"]})
+        name = recipe.get("how", config.split("_")[0])
+        method = create_method(num_classes=6, **{"name": name, **recipe["method"]})
         assert method.kind == kind_of(config)
 
     @pytest.mark.parametrize(
