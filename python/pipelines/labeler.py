@@ -131,7 +131,7 @@ class PseudoLabeler:
 
     Example::
 
-        labeler = PseudoLabeler("weights.safetensors", Settings(crf=None, threshold=0.3))
+        labeler = PseudoLabeler("weights.safetensors", Settings(crf=None, rule=Rule(threshold=0.3)))
         rows = labeler([{"image": "a.jpg", "tags": ["cat"]}, {"image": open("b.jpg", "rb").read()}])
     """
 
