@@ -32,7 +32,7 @@ from fastcam.nn import (
     score_head,
     suppress_activations,
 )
-from fastcam.nn.optim import step_decay, weight_and_bias_groups
+from fastcam.nn.optim import sgd_steps
 
 CONTROLLERS = ("learnable", "fixed")
 FUSIONS = ("max", "sum")
@@ -242,17 +242,8 @@ class DRS(nn.Module):
 
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with Nesterov momentum in four groups of learning rates, which fall in steps."""
-        config = self.config
         suppressed = [m for m in self.backbone.modules() if isinstance(m, SuppressedReLU)]
-        groups = weight_and_bias_groups(self.backbone, [*suppressed, self.head], config.lr, config.head_lr_factor)
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
-        return [(optimizer, step_decay(optimizer, config.drops, total_steps))]
+        return [sgd_steps(self.backbone, [*suppressed, self.head], self.config, total_steps)]
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """What inference needs: all of the state."""

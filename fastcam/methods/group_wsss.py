@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
 from fastcam.nn import CamFusion, FusedCams, create_trunk, score_head
-from fastcam.nn.optim import step_decay, weight_and_bias_groups
+from fastcam.nn.optim import sgd_steps
 
 AGGREGATES = ("concat", "mean")
 IGNORE = 255
@@ -431,16 +431,7 @@ class GroupWSSS(nn.Module):
     def optimizers(self, total_steps: int) -> list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
         """SGD with Nesterov momentum in four groups of learning rates, which fall in steps."""
         self.total_steps = total_steps
-        config = self.config
-        groups = weight_and_bias_groups(self.backbone, [self.head, self.graph], config.lr, config.head_lr_factor)
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
-        return [(optimizer, step_decay(optimizer, config.drops, total_steps))]
+        return [sgd_steps(self.backbone, [self.head, self.graph], self.config, total_steps)]
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """The state without the kept maps and the number of steps, which only training needs."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-class _SGDConfig(Protocol):  # properties, because the methods' configurations are frozen
+class _Rates(Protocol):  # properties, because the methods' configurations are frozen
     @property
     def lr(self) -> float: ...
     @property
@@ -18,8 +18,16 @@ class _SGDConfig(Protocol):  # properties, because the methods' configurations a
     def momentum(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
+
+
+class _SGDConfig(_Rates, Protocol):
     @property
     def poly_power(self) -> float: ...
+
+
+class _StepConfig(_Rates, Protocol):
+    @property
+    def drops(self) -> tuple[float, ...]: ...
 
 
 def sgd_poly(
@@ -41,24 +49,31 @@ def sgd_poly(
     return optimizer, decay
 
 
-def weight_and_bias_groups(
-    backbone: nn.Module, heads: Sequence[nn.Module], lr: float, head_lr_factor: float
-) -> list[dict[str, Any]]:
-    """Four groups of parameters with learning rates of their own, as OAA, DRS and Group-WSSS train.
+def sgd_steps(
+    backbone: nn.Module, heads: Sequence[nn.Module], config: _StepConfig, total_steps: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
+    """SGD with Nesterov momentum in four groups, as OAA, DRS and Group-WSSS train; the rates fall by ``config.drops``.
 
-    Weights of the backbone learn at ``lr``, its biases twice as fast; those of the heads ``head_lr_factor`` times
-    faster than these. Frozen parameters are left out. A parameter that belongs to a head and lies within the backbone
-    counts as the head's.
+    Weights of the backbone learn at ``config.lr``, its biases twice as fast; those of the heads
+    ``config.head_lr_factor`` times faster than these. Frozen parameters are left out. A parameter that belongs to a
+    head and lies within the backbone counts as the head's.
     """
     ours = {id(p) for head in heads for p in head.parameters()}
     trunk = [(n, p) for n, p in backbone.named_parameters() if p.requires_grad and id(p) not in ours]
     new = [(n, p) for head in heads for n, p in head.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
-    for parameters, rate in ((trunk, lr), (new, lr * head_lr_factor)):
+    for parameters, rate in ((trunk, config.lr), (new, config.lr * config.head_lr_factor)):
         for bias in (False, True):
             chosen = [p for n, p in parameters if (n.rsplit(".", 1)[-1] == "bias") == bias]
             groups.append({"params": chosen, "lr": rate * (2 if bias else 1)})
-    return [group for group in groups if group["params"]]
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+    return optimizer, step_decay(optimizer, config.drops, total_steps)
 
 
 def step_decay(
