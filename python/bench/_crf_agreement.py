@@ -28,7 +28,7 @@ from fastcam import crf_mean_field
 from fastcam.data import VOCDataset
 from fastcam.io import load_weights
 from fastcam.nn import CRF_PRESETS
-from fastcam.ops.unaries import unary_from_softmax
+from fastcam.nn.unaries import unary_from_softmax
 
 STEPS = (1, 10)
 PRESETS = ("psa", "irn", "deeplab")

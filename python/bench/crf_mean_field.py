@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fastcam import crf_mean_field
 from fastcam.bench._harness import Case, CaseIterator
+from fastcam.nn.unaries import unary_from_softmax
 from fastcam.ops.crf_mean_field import FEW
-from fastcam.ops.unaries import unary_from_softmax
 
 SETTINGS = {  # name -> gaussian, bilateral
     "sxy 50 srgb 5": ((3, 3), (50, 5, 10)),

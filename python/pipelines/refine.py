@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, load_cams, open_pass, save_cams
+from fastcam.nn.unaries import unary_from_labels, unary_from_softmax
 from fastcam.ops.crf_mean_field import crf_mean_field
 from fastcam.ops.pixel_refine import pixel_refine
-from fastcam.ops.unaries import unary_from_labels, unary_from_softmax
 from fastcam.pipelines._data import Data, folder_classes, input_record, load_image, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines._settings import TrainerConfig

@@ -6,7 +6,7 @@ import torch
 
 from fastcam import crf_mean_field
 from fastcam.nn import CRF_PRESETS, DenseCRF
-from fastcam.ops.unaries import unary_from_softmax
+from fastcam.nn.unaries import unary_from_softmax
 
 SMALL = {"gaussian": (1.5, 2), "bilateral": (4, 60, 3), "iterations": 2}
 

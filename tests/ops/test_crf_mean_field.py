@@ -4,8 +4,8 @@ import torch
 from op_tester import OpTester
 
 from fastcam import Lattice, crf_mean_field
+from fastcam.nn.unaries import unary_from_labels, unary_from_softmax
 from fastcam.ops.crf_mean_field import BWD, CANDIDATES, FWD, KERNELS, NORMALIZATIONS
-from fastcam.ops.unaries import unary_from_labels, unary_from_softmax
 
 BOTH = {"gaussian": (3, 3), "bilateral": (8, 13, 10)}
 ANY = [1.0] * 2, [1.0] * 5
