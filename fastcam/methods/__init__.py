@@ -34,6 +34,20 @@ def list_methods() -> list[str]:
     return sorted(METHODS)
 
 
+def method_class(name: str) -> Any:
+    """The class of a method, which says its `kind`.
+
+    Raises:
+        FastcamError: an unknown name.
+    """
+    if name not in METHODS:
+        raise FastcamError(
+            f"method '{name}': unknown{_nearest(name, list_methods())}; known: {', '.join(list_methods())}"
+        )
+    module, cls = METHODS[name]
+    return getattr(importlib.import_module(module), cls)
+
+
 def create_method(
     name: str, *, num_classes: int, backbone: str | None = None, weights: str | Path | None = None, **config: Any
 ) -> nn.Module:
@@ -54,11 +68,8 @@ def create_method(
         >>> create_method("sfc", num_classes=20).config.bank_draws
         4
     """
-    if name not in METHODS:
-        raise FastcamError(
-            f"method '{name}': unknown{_nearest(name, list_methods())}; known: {', '.join(list_methods())}"
-        )
-    module = importlib.import_module(METHODS[name][0])
+    cls = method_class(name)
+    module = importlib.import_module(cls.__module__)
     known = [field.name for field in dataclasses.fields(module.Config)]
     for key in config:
         if key not in known:
@@ -71,7 +82,7 @@ def create_method(
         config["backbone"] = backbone
     # YAML and safetensors metadata have lists where the dataclass has tuples.
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    return getattr(module, METHODS[name][1])(num_classes, module.Config(**fields), weights=weights)
+    return cls(num_classes, module.Config(**fields), weights=weights)
 
 
 def load_method(path: str | Path) -> nn.Module:

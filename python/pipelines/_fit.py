@@ -131,7 +131,10 @@ def seeded_init(seed: int) -> Iterator[None]:
 
 
 class StepModule(LightningModule):
-    """A method under Lightning, which steps a single optimiser; several are stepped here, after one backward pass.
+    """A method under Lightning, which steps a single optimiser; several are stepped here.
+
+    They all step after the backward pass of one loss, or, where the method has `training_phases`, one after the other,
+    each on a loss that is computed when those before it have stepped (adversarial networks).
 
     Args:
         method: the network with its recipe.
@@ -146,7 +149,8 @@ class StepModule(LightningModule):
         self.total = total
         self.step = 0
         self.pairs = method.optimizers(total)
-        self.automatic_optimization = len(self.pairs) == 1
+        self.phased = hasattr(method, "training_phases")
+        self.automatic_optimization = len(self.pairs) == 1 and not self.phased
         self.first_bad: Tensor
         self.scalars: dict[str, Tensor] = {}
         self.rates: dict[str, float] = {}
@@ -168,27 +172,41 @@ class StepModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's step. Remembers the first step whose loss is not finite, without waiting for the device."""
-        scalars = self.method.training_step(tree_map(_channels_last, batch))
+        batch = tree_map(_channels_last, batch)
+        scalars = self._step_in_turn(batch) if self.phased else self.method.training_step(batch)
         loss = scalars["loss"]
         self.scalars = {name: value.detach() for name, value in scalars.items()}
         self.rates = {f"lr{i or ''}": opt.param_groups[0]["lr"] for i, (opt, _) in enumerate(self.pairs)}
         self.first_bad.masked_fill_(~loss.detach().isfinite() & (self.first_bad == self.total), self.step)
         if not self.automatic_optimization:
-            self._step_all(loss)
+            if not self.phased:
+                self._step(loss, self._optimizers())
+            schedulers: Any = self.lr_schedulers() or []
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                scheduler.step()
         return loss
 
-    def _step_all(self, loss: Tensor) -> None:
-        for optimizer, _ in self.pairs:
+    def _optimizers(self) -> list[Any]:
+        optimizers: Any = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _step(self, loss: Tensor, optimizers: list[Any]) -> None:
+        for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        optimizers: Any = self.optimizers()
-        schedulers: Any = self.lr_schedulers() or []
         for optimizer in optimizers:
             if self.grad_clip is not None:
                 self.clip_gradients(optimizer, gradient_clip_val=self.grad_clip, gradient_clip_algorithm="norm")
             optimizer.step()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()
+
+    def _step_in_turn(self, batch: Any) -> dict[str, Tensor]:
+        optimizers = self._optimizers()
+        scalars: dict[str, Tensor] = {"loss": self.first_bad.new_zeros((), dtype=torch.float32)}
+        for index, part in self.method.training_phases(batch):
+            self._step(part["loss"], [optimizers[index]])
+            total = scalars["loss"] + part["loss"].detach()
+            scalars |= {**part, "loss": total}
+        return scalars
 
     def checkpoint(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -342,6 +360,11 @@ def fit(
     if not module.automatic_optimization and config.precision == "16-mixed":
         raise FastcamError(
             f"trainer.precision 16-mixed scales one loss, but {method.name} has several optimisers; use bf16-mixed"
+        )
+    if module.phased and config.devices > 1:
+        raise FastcamError(
+            f"trainer.devices is {config.devices}, but {method.name} steps its optimisers in turn, which DDP cannot do; "
+            "use 1"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about workers, log intervals and modules in eval mode

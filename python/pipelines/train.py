@@ -13,11 +13,12 @@ from torchvision import tv_tensors
 from fastcam.data import GroupSampler, multi_scale
 from fastcam.errors import FastcamError
 from fastcam.io import CamSet, finished_ids, load_cams, open_pass, save_cams
-from fastcam.methods import create_method
+from fastcam.methods import create_method, method_class
 from fastcam.nn import max_normalize
 from fastcam.pipelines._data import Data, Images, Transform, input_record, open_data, training_transform
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
 
+LEARNS = ("cam", "few-shot", "pretraining")  # kinds of methods that this pass trains
 ATTENTION = "attention"  # folder of the maps that a method kept in training, below its weights
 
 
@@ -89,7 +90,7 @@ def write_kept(network: Any, dataset: Images, side: int, out: Path, record: dict
 
 
 def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path, cams: Path | None = None) -> Path:
-    """Trains a method on images and their tags, or on CAMs of theirs.
+    """Trains a method on images and their tags, on CAMs of theirs, on images alone (pre-training) or on episodes.
 
     Writes weights.safetensors at the end, and on the way last.ckpt, metrics.csv and TensorBoard's files; of methods
     that keep the maps of the images they see (group_wsss) also these, as CamSets in attention/. A training
@@ -97,7 +98,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
     weights; a finished one is left alone.
 
     Args:
-        data: the training images.
+        data: the training images; with masks for methods that learn to segment from a few.
         method: name (sfc, cam, ...), and where wanted backbone (a timm name), weights (local file for the backbone) and
             any field of the method's configuration, as in --method.name sfc --method.lr 0.05.
         trainer: epochs, batches, precision, devices.
@@ -110,8 +111,15 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
     if "name" not in method:
         raise FastcamError("method.name is missing; give the name of a method, such as sfc or cam")
     record = {"pass": "train", "data": dataclasses.asdict(data), "method": method, "trainer": trainer_record(trainer)}
+    kind = method_class(method["name"]).kind
+    if kind not in LEARNS:
+        command = {"refiner": "refine", "regions": "mcof"}.get(kind, "segment")
+        raise FastcamError(
+            f"method {method['name']} is a {kind}, which does not learn from tags; use fastcam {command}"
+        )
     source = {} if cams is None else input_record(cams, "make-cam")
-    dataset = open_data(data, source.pop("classes", None))
+    masks = getattr(method_class(method["name"]), "learns_from_masks", False)
+    dataset = open_data(data, source.pop("classes", None), masks=masks, need_tags=kind != "pretraining")
     record |= {"cams": source} if source else {}
     record["classes"] = list(dataset.classes)
     if (out / WEIGHTS).is_file():
@@ -121,11 +129,6 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
 
     with seeded_init(trainer.seed):
         network: Any = create_method(num_classes=len(dataset.classes), **method)
-    if network.kind != "cam":
-        command = {"refiner": "refine", "regions": "mcof"}.get(network.kind, "segment")
-        raise FastcamError(
-            f"method {network.name} is a {network.kind}, which does not learn from tags; use fastcam {command}"
-        )
     transform = training_transform(trainer, network.normalize)
     if getattr(network, "learns_from_maps", False) != (cams is not None):
         wanted = "leave cams out" if cams is not None else "give cams, a folder that make-cam wrote"
@@ -137,10 +140,13 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
             count = f"{len(missing)} of {len(dataset)} images"
             raise FastcamError(f"{cams} has no CAMs for {count}, e.g. {missing[0]}; finish the make-cam pass first")
         return fit(network, Mapped(dataset, cams, transform), dataset.classes, trainer, out, record)
+    if kind == "few-shot":
+        episodes = network.training_episodes(dataset, trainer.crop, flip=trainer.flip)
+        return fit(network, episodes, dataset.classes, trainer, out, record)
     tags = dataset.tags
-    if tags is None:
+    if tags is None and kind == "cam":
         raise FastcamError(f"the images in {data.images} have no tags; give data.tags")
-    if hasattr(network, "set_tag_counts"):
+    if tags is not None and hasattr(network, "set_tag_counts"):
         network.set_tag_counts(tags.sum(0))
     if hasattr(network, "train_transform"):  # a method that trains on views of its own
         mean, std = network.normalize
@@ -149,7 +155,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
         )
     dataset.transform = transform
     size = getattr(network, "group_size", 1)
-    groups = GroupSampler(tags, size) if size > 1 else None
+    groups = GroupSampler(tags, size) if tags is not None and size > 1 else None
     if not keeps_maps(network):
         return fit(network, dataset, dataset.classes, trainer, out, record, groups=groups)
     if not (trainer.square and trainer.resize_long == (trainer.crop, trainer.crop) and not trainer.flip):

@@ -259,6 +259,32 @@ def test_several_optimisers_resume_exactly(tmp_path, monkeypatch):
     assert_same_weights(whole, fit(TwoOptimisers(), ONES, ("x",), config, tmp_path / "killed", {}))
 
 
+class InTurn(TwoOptimisers):
+    """The gradient of b is 10 a of the step before it: a has stepped already."""
+
+    def training_phases(self, batch):
+        x = batch["x"].mean()
+        yield 0, {"loss": self.a * x}
+        yield 1, {"loss": 10 * self.a.detach() * self.b * x, "seen": self.a.detach().clone()}
+
+
+def test_optimisers_in_turn_see_the_steps_before_theirs(tmp_path):
+    method = InTurn()
+    fit(method, ONES, ("x",), dataclasses.replace(TRAINER, epochs=1, batch_size=2, log_every=1), tmp_path, {})
+    assert method.a.item() == pytest.approx(1 - 2 * 0.1)
+    assert method.b.item() == pytest.approx(1 - 0.01 * 9 - 0.005 * 8)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["loss"]) == pytest.approx(1 + 10 * 0.9)
+    assert float(second["seen"]) == pytest.approx(0.8)
+
+
+def test_optimisers_in_turn_are_refused_on_two_devices(tmp_path):
+    config = dataclasses.replace(TRAINER, batch_size=2, devices=2)
+    with pytest.raises(FastcamError, match="two steps its optimisers in turn, which DDP cannot do; use 1"):
+        fit(InTurn(), ONES, ("x",), config, tmp_path, {})
+
+
 def test_gradient_is_clipped_at_the_norm_of_the_method(tmp_path):
     method = TwoOptimisers(TwoConfig(grad_clip=0.5))
     fit(method, ONES, ("x",), dataclasses.replace(TRAINER, epochs=1, batch_size=4), tmp_path, {})
