@@ -363,8 +363,8 @@ def fit(
         )
     if module.phased and config.devices > 1:
         raise FastcamError(
-            f"trainer.devices is {config.devices}, but {method.name} steps its optimisers in turn, which DDP cannot do; "
-            "use 1"
+            f"trainer.devices is {config.devices}, but {method.name} steps its optimisers in turn, which DDP cannot "
+            "do; use 1"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about workers, log intervals and modules in eval mode
