@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ def op(schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
     stem = name.rpartition("_")[0]
 
+    modules: dict[str, ModuleType] = {}
+
     def run(*args: Any) -> Any:
-        module = import_module(f"fastcam.{PACKAGES[args[-1]]}.{stem}")
-        return getattr(module, name)(*args[:-1])
+        backend = args[-1]
+        if backend not in modules:
+            modules[backend] = import_module(f"fastcam.{PACKAGES[backend]}.{stem}")
+        return getattr(modules[backend], name)(*args[:-1])
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

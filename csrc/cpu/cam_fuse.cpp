@@ -10,37 +10,43 @@
 namespace fastcam {
 namespace {
 
-constexpr int64_t BAND = 64;  // output rows that one task handles
+constexpr int64_t BAND = 64;       // output rows that one task handles
+constexpr int64_t KEPT = 1 << 20;  // bytes of stretched rows that are kept
 
-// Output rows [y0, y1) of map bc, normalised.
+// Output rows [y0, y1) of map bc, normalised, from the stretched rows.
 template <int REDUCE, typename T>
 FASTCAM_INLINE void write_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, const Normalize<T>& by,
                                Workspace<T>& work, T* out) {
   using V = typename Vector<T>::type;
-  stretch_rows(plan, bc, y0, y1, work);
+  constexpr int64_t SIZE = Vector<T>::size;
   const bool lifts = by.least > -std::numeric_limits<T>::infinity() || std::isnan(by.least);
-  for_blocks<REDUCE>(plan, y0, y1, work,
-                     [&](int64_t start, int64_t y, int64_t stop, int64_t x, const V* base, const V* slope)
-                         __attribute__((always_inline)) {
-                           for (; y < stop; ++y) {
-                             T* to = out + (bc * plan.H + y) * plan.W + x;
-                             const int64_t count = std::min(block<T>, plan.W - x);
-                             V value[VECTORS];
-                             for (int64_t k = 0; k < VECTORS; ++k) {
-                               evaluate(plan, base[k], slope[k], y - start, value[k]);
-                               if (!lifts) value[k] = (value[k] - by.offset) * by.factor;
-                             }
-                             if (count == block<T>) {
-                               for (int64_t k = 0; k < VECTORS; ++k)
-                                 *reinterpret_cast<V*>(to + k * Vector<T>::size) = value[k];
-                             } else {
-                               std::memcpy(to, value, count * sizeof(T));
-                             }
-                             if (!lifts) continue;
-                             for (int64_t i = 0; i < count; ++i)
-                               to[i] = ((to[i] < by.least ? 0 : to[i]) - by.offset) * by.factor;
-                           }
-                         });
+  const T *base = work.base, *slope = work.slope;  // copies, which stores cannot change
+  const T offset = by.offset, factor = by.factor, least = by.least, floor = plan.fused_floor;
+  const int64_t W = plan.W;
+  for_rows<REDUCE>(plan, y0, y1, work, [&](int64_t row, int64_t y) __attribute__((always_inline)) {
+    T* to = out + (bc * plan.H + y) * W;
+    const T k = row;
+    const auto fused = [&](int64_t x, V& v) __attribute__((always_inline)) {
+      v = *reinterpret_cast<const V*>(base + x) + k * *reinterpret_cast<const V*>(slope + x);
+      clip(v, floor);
+      if (!lifts) v = (v - offset) * factor;
+    };
+    const auto store = [&](int64_t x) __attribute__((always_inline)) {
+      V v;
+      fused(x, v);
+      *reinterpret_cast<V*>(to + x) = v;
+    };
+    if (W < SIZE) {
+      V v;
+      fused(0, v);
+      std::memcpy(to, &v, W * sizeof(T));
+    } else {  // whole cache lines, and what they leave at both ends
+      store(0);
+      for (int64_t x = SIZE - reinterpret_cast<uintptr_t>(to) / sizeof(T) % SIZE; x + SIZE <= W; x += SIZE) store(x);
+      store(W - SIZE);
+    }
+    for (int64_t x = 0; lifts && x < W; ++x) to[x] = ((to[x] < least ? 0 : to[x]) - offset) * factor;
+  });
 }
 
 FASTCAM_MULTIVERSION void write_rows_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1,
@@ -54,25 +60,41 @@ FASTCAM_MULTIVERSION void write_rows_f64(const Plan<double>& plan, int64_t bc, i
       plan, [&](auto reduce) __attribute__((always_inline)) { write_rows<reduce()>(plan, bc, y0, y1, by, work, out); });
 }
 
-template <typename T, typename Rows>
+FASTCAM_MULTIVERSION void stretch_rows_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1,
+                                           Workspace<float>& work) {
+  stretch_rows(plan, bc, y0, y1, work);
+}
+FASTCAM_MULTIVERSION void stretch_rows_f64(const Plan<double>& plan, int64_t bc, int64_t y0, int64_t y1,
+                                           Workspace<double>& work) {
+  stretch_rows(plan, bc, y0, y1, work);
+}
+
+template <typename T, typename Stretch, typename Rows>
 void forward(const Plan<T>& plan, const bool* present, T* out, T* stats, int64_t BC, int normalize, T eps, int threads,
-             Rows write) {
+             Stretch stretch, Rows write) {
   threads = threads_for(BC * plan.H * plan.W, threads);
-  if (normalize == FUSE_BY_NOTHING) {
-    std::fill(stats, stats + 2 * BC, T(0));
-  } else {
-    extremes_of_maps(plan, present, BC, threads, stats);
+  const Bands<T> bands(plan, BAND);
+  const int64_t size = bands.kept.back();
+  // So many maps at a time that what was stretched for their extremes is still in the cache when they are written.
+  const bool twice = normalize != FUSE_BY_NOTHING;
+  const int64_t maps = twice ? std::clamp<int64_t>(KEPT / (size * sizeof(T)), std::min<int64_t>(threads, BC), BC) : BC;
+  const std::unique_ptr<T[]> kept(twice ? new T[maps * size] : nullptr);
+  if (!twice) std::fill(stats, stats + 2 * BC, T(0));
+  for (int64_t first = 0; first < BC; first += maps) {
+    const int64_t count = std::min(maps, BC - first);
+    if (twice) extremes_of_maps(plan, bands, present, first, count, threads, kept.get(), stats + 2 * first);
+    parallel_for(count * bands.count, 1, threads, [&](int64_t i, int64_t) {
+      const int64_t bc = first + i / bands.count, band = i % bands.count;
+      const int64_t y0 = bands.row[band], y1 = bands.row[band + 1];
+      if (present && !present[bc]) {
+        std::fill(out + (bc * plan.H + y0) * plan.W, out + (bc * plan.H + y1) * plan.W, T(0));
+        return;
+      }
+      Workspace<T> work(plan, y0, y1, twice ? kept.get() + (bc - first) * size + bands.kept[band] : nullptr);
+      if (!twice) stretch(plan, bc, y0, y1, work);
+      write(plan, bc, y0, y1, Normalize<T>(stats + 2 * bc, normalize, eps), work, out);
+    });
   }
-  const int64_t bands = (plan.H + BAND - 1) / BAND;
-  parallel_for(BC * bands, 1, threads, [&](int64_t i, int64_t) {
-    const int64_t bc = i / bands, y0 = i % bands * BAND, y1 = std::min(plan.H, y0 + BAND);
-    if (present && !present[bc]) {
-      std::fill(out + (bc * plan.H + y0) * plan.W, out + (bc * plan.H + y1) * plan.W, T(0));
-      return;
-    }
-    Workspace<T> work(plan, y0, y1);
-    write(plan, bc, y0, y1, Normalize<T>(stats + 2 * bc, normalize, eps), work, out);
-  });
 }
 
 // Sums over pixels that the gradient of a map needs: of g, of g y, and of pixels that hold the maximum, the minimum.
@@ -206,7 +228,7 @@ FASTCAM_INLINE void gradient_of_rows(const Band<T>& band, const Sums& sums, Work
   T *total = g + padded, *moment = g + 2 * padded;
   const bool needs_rows = band.normalize != FUSE_BY_NOTHING || REDUCE == FUSE_MAX || plan.fused_floor == 0;
   stretch_rows(plan, band.bc, band.y0, band.y1, work);
-  const T* wide = work.wide.get();
+  const T* wide = work.wide;
   std::fill(grad_wide, grad_wide + plan.rows(band.y0, band.y1) * padded, T(0));
   for (int64_t y = band.y0, stop; y < band.y1; y = stop) {
     stop = std::min(plan.interval[y].stop, band.y1);
@@ -347,11 +369,12 @@ void cam_fuse_fwd(const int64_t* views, const bool* present, void* out, void* st
                   bool align_corners, double eps, int threads) {
   if (f64) {
     forward(Plan<double>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners), present,
-            static_cast<double*>(out), static_cast<double*>(stats), BC, normalize, eps, threads, write_rows_f64);
+            static_cast<double*>(out), static_cast<double*>(stats), BC, normalize, eps, threads, stretch_rows_f64,
+            write_rows_f64);
   } else {
     forward(Plan<float>(views, S, H, W, grid_h, grid_w, activation, reduce, align_corners), present,
             static_cast<float*>(out), static_cast<float*>(stats), BC, normalize, static_cast<float>(eps), threads,
-            write_rows_f32);
+            stretch_rows_f32, write_rows_f32);
   }
 }
 

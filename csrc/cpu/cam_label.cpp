@@ -17,23 +17,20 @@ FASTCAM_INLINE void keep_best(const Plan<T>& plan, int64_t bc, int64_t y0, int64
                               Workspace<T>& work, T* best, T* winner) {
   using V = typename Vector<T>::type;
   stretch_rows(plan, bc, y0, y1, work);
-  for_blocks<REDUCE>(plan, y0, y1, work,
-                     [&](int64_t start, int64_t y, int64_t stop, int64_t x, const V* base, const V* slope)
-                         __attribute__((always_inline)) {
-                           for (; y < stop; ++y) {
-                             T value[block<T>];
-                             for (int64_t k = 0; k < VECTORS; ++k)
-                               evaluate(plan, base[k], slope[k], y - start,
-                                        *reinterpret_cast<V*>(value + k * Vector<T>::size));
-                             T *b = best + (y - y0) * plan.padded + x, *w = winner + (y - y0) * plan.padded + x;
-                             for (int64_t i = 0; i < block<T>; ++i) {
-                               T v = ((value[i] < by.least ? 0 : value[i]) - by.offset) * by.factor;
-                               v = v != v ? std::numeric_limits<T>::infinity() : v;
-                               w[i] = v > b[i] ? label : w[i];
-                               b[i] = v > b[i] ? v : b[i];
-                             }
-                           }
-                         });
+  for_rows<REDUCE>(plan, y0, y1, work, [&](int64_t k, int64_t y) __attribute__((always_inline)) {
+    const V *base = reinterpret_cast<const V*>(work.base), *slope = reinterpret_cast<const V*>(work.slope);
+    T *b = best + (y - y0) * plan.padded, *w = winner + (y - y0) * plan.padded;
+    for (int64_t x = 0; x < plan.padded; x += Vector<T>::size) {
+      T value[Vector<T>::size];
+      evaluate(plan, base[x / Vector<T>::size], slope[x / Vector<T>::size], k, *reinterpret_cast<V*>(value));
+      for (int64_t i = 0; i < Vector<T>::size; ++i) {
+        T v = ((value[i] < by.least ? 0 : value[i]) - by.offset) * by.factor;
+        v = v != v ? std::numeric_limits<T>::infinity() : v;
+        w[x + i] = v > b[x + i] ? label : w[x + i];
+        b[x + i] = v > b[x + i] ? v : b[x + i];
+      }
+    }
+  });
 }
 
 FASTCAM_MULTIVERSION void keep_best_f32(const Plan<float>& plan, int64_t bc, int64_t y0, int64_t y1,
@@ -56,10 +53,11 @@ void label_maps(const Plan<T>& plan, const bool* present, const uint8_t* labels,
                 int64_t C, int normalize, T eps, int threads, Keep keep) {
   threads = threads_for(B * C * plan.H * plan.W, threads);
   std::vector<T> stats(2 * B * C);
-  if (normalize != FUSE_BY_NOTHING) extremes_of_maps(plan, present, B * C, threads, stats.data());
-  const int64_t bands = (plan.H + BAND - 1) / BAND;
-  parallel_for(B * bands, 1, threads, [&](int64_t i, int64_t) {
-    const int64_t b = i / bands, y0 = i % bands * BAND, y1 = std::min(plan.H, y0 + BAND);
+  const Bands<T> bands(plan, BAND);
+  if (normalize != FUSE_BY_NOTHING)
+    extremes_of_maps(plan, Bands<T>(plan, 2 * BAND), present, 0, B * C, threads, nullptr, stats.data());
+  parallel_for(B * bands.count, 1, threads, [&](int64_t i, int64_t) {
+    const int64_t b = i / bands.count, y0 = bands.row[i % bands.count], y1 = bands.row[i % bands.count + 1];
     Workspace<T> work(plan, y0, y1);
     // A class must beat the background, which therefore is the score to start from.
     std::vector<T> best((y1 - y0) * plan.padded, background), winner(best.size(), T(0));

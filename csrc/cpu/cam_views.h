@@ -21,9 +21,9 @@
 
 namespace fastcam {
 
-// How many of `threads` are worth waking: for half a million values, half a millisecond, one more gains nothing.
+// How many of `threads` are worth waking, which takes as long as some ten thousand values.
 inline int threads_for(int64_t values, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + values / 600000));
+  return static_cast<int>(std::min<int64_t>(threads, 1 + values / 50000));
 }
 
 constexpr int64_t VECTORS = 4;  // vectors of an output row that are in registers at once
@@ -146,15 +146,40 @@ struct Between {
   T weight, step;  // of `lower` in the first row, and more of it in each row after that
 };
 
-// What a task needs beside the plan, for output rows [y0, y1).
+// What a task needs beside the plan, for output rows [y0, y1). `kept` is memory for the stretched rows, which another
+// task goes on with, or null.
 template <typename T>
 struct Workspace {
-  std::unique_ptr<T[]> low, wide;
+  std::unique_ptr<T[]> low, own, row;
+  T *wide, *base, *slope;  // the latter two of one interval
   std::vector<Between<T>> between;
-  Workspace(const Plan<T>& plan, int64_t y0, int64_t y1)
+  Workspace(const Plan<T>& plan, int64_t y0, int64_t y1, T* kept = nullptr)
       : low(new T[plan.widest + 1]),
-        wide(new T[plan.rows(y0, y1) * plan.padded + Vector<T>::size]),
+        own(kept ? nullptr : new T[numbers(plan, y0, y1)]),
+        row(new T[2 * plan.padded]),
+        wide(kept ? kept : own.get()),
+        base(row.get()),
+        slope(base + plan.padded),
         between(plan.groups.size()) {}
+
+  // Size of the stretched rows.
+  static int64_t numbers(const Plan<T>& plan, int64_t y0, int64_t y1) {
+    return plan.rows(y0, y1) * plan.padded + Vector<T>::size;
+  }
+};
+
+// The output rows of a map in bands of at most `height`, and where a band's stretched rows begin if all are kept.
+template <typename T>
+struct Bands {
+  int64_t count;
+  std::vector<int64_t> row, kept;
+
+  Bands(const Plan<T>& plan, int64_t height) : count((plan.H + height - 1) / height), row(count + 1), kept(count + 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      row[i + 1] = std::min(plan.H, (i + 1) * height);
+      kept[i + 1] = kept[i] + Workspace<T>::numbers(plan, row[i], row[i + 1]);
+    }
+  }
 };
 
 // low (w + 1), the last repeated -> wide (padded).
@@ -181,7 +206,7 @@ FASTCAM_INLINE void stretch(const T* low, const Axis<T>& axis, int64_t w, int64_
 // Stretched rows of map bc that output rows [y0, y1) need, group after group.
 template <typename T>
 FASTCAM_INLINE void stretch_rows(const Plan<T>& plan, int64_t bc, int64_t y0, int64_t y1, Workspace<T>& work) {
-  T *low = work.low.get(), *wide = work.wide.get();
+  T *low = work.low.get(), *wide = work.wide;
   const bool relu = plan.relu;
   const T scale = plan.scale;
   for (const Group<T>& g : plan.groups)
@@ -206,7 +231,7 @@ FASTCAM_INLINE void stretch_rows(const Plan<T>& plan, int64_t bc, int64_t y0, in
 // those for row y1 - 1.
 template <typename T>
 FASTCAM_INLINE void find_rows(const Plan<T>& plan, int64_t y0, int64_t y1, int64_t y, Workspace<T>& work) {
-  const T* wide = work.wide.get();
+  const T* wide = work.wide;
   Between<T>* between = work.between.data();
   for (const Group<T>& g : plan.groups) {
     const int64_t first = plan.begin(g, y0), i = g.rows.first[y], start = plan.interval[y].start;
@@ -283,6 +308,25 @@ FASTCAM_INLINE void for_blocks(const Plan<T>& plan, int64_t y0, int64_t y1, Work
   }
 }
 
+// Calls f(k, y) for all rows y in [y0, y1), the k-th ones of their intervals: row y is work.base + k * work.slope.
+template <int REDUCE, typename T, typename F>
+FASTCAM_INLINE void for_rows(const Plan<T>& plan, int64_t y0, int64_t y1, Workspace<T>& work, F f) {
+  using V = typename Vector<T>::type;
+  for (int64_t y = y0, stop; y < y1; y = stop) {
+    stop = std::min(plan.interval[y].stop, y1);
+    find_rows(plan, y0, y1, y, work);
+    for (int64_t x = 0; x < plan.padded; x += block<T>) {
+      V base[VECTORS], slope[VECTORS];
+      fuse_block<REDUCE>(plan, work.between.data(), x, base, slope);
+      for (int64_t k = 0; k < VECTORS; ++k) {
+        reinterpret_cast<V*>(work.base + x)[k] = base[k];
+        reinterpret_cast<V*>(work.slope + x)[k] = slope[k];
+      }
+    }
+    for (int64_t i = y; i < stop; ++i) f(i - plan.interval[y].start, i);
+  }
+}
+
 // Fused values of a vector in the k-th row of its interval.
 template <typename T, typename V>
 FASTCAM_INLINE void evaluate(const Plan<T>& plan, const V& base, const V& slope, int64_t k, V& value) {
@@ -346,8 +390,11 @@ FASTCAM_INLINE void with_reduction(const Plan<T>& plan, F f) {
   }
 }
 
-// Maxima and minima (BC, 2) before normalisation; 0 for absent maps.
-void extremes_of_maps(const Plan<float>& plan, const bool* present, int64_t BC, int threads, float* extremes);
-void extremes_of_maps(const Plan<double>& plan, const bool* present, int64_t BC, int threads, double* extremes);
+// Maxima and minima (count, 2) before normalisation of the maps first, first + 1, ...; 0 for absent ones. The stretched
+// rows stay in `kept` (count, bands.kept.back()), unless that is null.
+void extremes_of_maps(const Plan<float>& plan, const Bands<float>& bands, const bool* present, int64_t first,
+                      int64_t count, int threads, float* kept, float* extremes);
+void extremes_of_maps(const Plan<double>& plan, const Bands<double>& bands, const bool* present, int64_t first,
+                      int64_t count, int threads, double* kept, double* extremes);
 
 }  // namespace fastcam

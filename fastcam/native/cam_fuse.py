@@ -41,14 +41,14 @@ def cam_fuse_fwd(
                 CUDA_DTYPES.index(dtype), len(x), B * C, *policy, torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         return out, stats
-    x = [cam.to(work).contiguous() for cam in cams]
+    x = dense(cams, work)
     views = table(x, flips, x)
     out = empty((B, C, *size), work)
     _C.cam_fuse_fwd(
         views.buffer_info()[0], address(mask), out.data_ptr(), stats.data_ptr(), work == torch.float64, len(x), B * C,
         *policy, torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(dtype), stats
+    return out if dtype == work else out.to(dtype), stats
 
 
 def cam_fuse_bwd(
@@ -92,6 +92,11 @@ def cam_fuse_bwd(
     return [dx.to(dtype) for dx in grads]
 
 
+def dense(cams: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The views, contiguous and of a dtype. To ask is cheaper than to convert what needs no conversion."""
+    return [cam if cam.dtype == dtype and cam.is_contiguous() else cam.to(dtype).contiguous() for cam in cams]
+
+
 def numbers(
     size: Sequence[int], grid: Sequence[int], activation: str | None, reduce: str, normalize: str | None,
     align_corners: bool, eps: float,
@@ -105,7 +110,8 @@ def table(cams: Sequence[Tensor], flips: Sequence[bool], grads: Sequence[Tensor]
     """A row a view: address, height, width, mirrored, address of the gradient. A quarter of a tensor's time."""
     rows = array("q")
     for cam, flip, grad in zip(cams, flips, grads, strict=True):
-        rows.extend((cam.data_ptr(), *cam.shape[2:], flip, grad.data_ptr()))
+        shape = cam.shape
+        rows.extend((cam.data_ptr(), shape[2], shape[3], flip, grad.data_ptr()))
     return rows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcam import _C
-from fastcam.native.cam_fuse import address, numbers, table
+from fastcam.native.cam_fuse import address, dense, numbers, table
 
 
 def cam_label_fwd(
@@ -19,7 +19,7 @@ def cam_label_fwd(
     """Views ``(B, C, h_s, w_s)``, labels of channels ``(C,)`` -> labels ``(B, H, W)``, both uint8."""
     B, C = cams[0].shape[:2]
     work = torch.promote_types(cams[0].dtype, torch.float32)
-    x = [cam.to(work).contiguous() for cam in cams]
+    x = dense(cams, work)
     views = table(x, flips, x)
     mask = None if present is None else present.contiguous()
     out = torch.empty((B, *size), dtype=torch.uint8)

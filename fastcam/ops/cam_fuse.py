@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcam import backends
-from fastcam._checks import check_same
+from fastcam._checks import FLOATS, check_same
 from fastcam._library import op
 
 
@@ -25,6 +25,8 @@ def _fwd_fake(
 Activation = Literal["relu", "resized_relu", "fused_relu"]
 Reduce = Literal["sum", "mean", "max", "pair_max"]
 Normalize = Literal["max", "minmax", "seam"]
+# A call takes some 30 us, most of it Python: what can be looked up once is.
+ACTIVATIONS, REDUCTIONS, NORMALIZATIONS = (*get_args(Activation), None), get_args(Reduce), (*get_args(Normalize), None)
 POLICY = (
     "Tensor? present, bool[] flips, SymInt[] size, SymInt[] grid, str? activation, str reduce, str? normalize, "
     "bool align_corners, float eps, str backend"
@@ -150,9 +152,9 @@ def fusion_policy(
     """Checks of the arguments that ``op`` shares with :func:`cam_fuse`; the backend, and what schemas take."""
     _check_shapes(op, cams, size, grid, flips, present)
     for name, value, choices in (
-        ("activation", activation, (*get_args(Activation), None)),
-        ("reduce", reduce, get_args(Reduce)),
-        ("normalize", normalize, (*get_args(Normalize), None)),
+        ("activation", activation, ACTIVATIONS),
+        ("reduce", reduce, REDUCTIONS),
+        ("normalize", normalize, NORMALIZATIONS),
     ):
         if value not in choices:
             raise ValueError(f"{op}: expected {name} {', '.join(map(repr, choices))}, got {value!r}")
@@ -160,7 +162,10 @@ def fusion_policy(
         raise ValueError(f"{op}: expected an even number of views under reduce 'pair_max', got {len(cams)}")
     if not eps > 0:
         raise ValueError(f"{op}: expected eps > 0, got {eps}")
-    check_same(op, **{f"cams[{i}]": cam for i, cam in enumerate(cams)})
+    first = cams[0]
+    same = all(cam.dtype is first.dtype and cam.device == first.device for cam in cams)
+    if not same or first.dtype not in FLOATS:  # the names, which take time, only for the message
+        check_same(op, **{f"cams[{i}]": cam for i, cam in enumerate(cams)})
     if present is not None and present.dtype != torch.bool:
         raise TypeError(f"{op}: expected present of dtype bool, got {str(present.dtype).removeprefix('torch.')}")
     if present is not None and present.device != cams[0].device:
@@ -181,11 +186,12 @@ def _check_shapes(
 ) -> None:
     if len(cams) == 0:
         raise ValueError(f"{op}: expected at least one view in cams, got none")
-    for i, cam in enumerate(cams):
-        if cam.ndim != 4 or cam.shape[:2] != cams[0].shape[:2] or 0 in cam.shape[2:]:
+    shapes = [cam.shape for cam in cams]
+    for i, shape in enumerate(shapes):
+        if len(shape) != 4 or shape[0] != shapes[0][0] or shape[1] != shapes[0][1] or not shape[2] or not shape[3]:
             raise ValueError(
                 f"{op}: expected cams (B, C, h_s, w_s) with the same B and C and at least one pixel, got cams[{i}] "
-                f"{tuple(cam.shape)} beside cams[0] {tuple(cams[0].shape)}"
+                f"{tuple(shape)} beside cams[0] {tuple(shapes[0])}"
             )
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
         raise ValueError(f"{op}: expected size (H, W) of at least (1, 1), got {tuple(size)}")
