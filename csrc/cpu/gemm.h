@@ -38,7 +38,7 @@ void multiply_rows(const double* a, int64_t lda, const double* b, int64_t ldb, d
 void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to, float* squares = nullptr);
 void pack_tile(const double* x, int64_t stride, int64_t rows, int64_t columns, double* to, double* squares = nullptr);
 
-constexpr int64_t SMALL = 1 << 16;  // numbers that one thread has gone through before another one has woken up
+constexpr int64_t SMALL = 1 << 14;  // numbers that one thread has gone through before another one has woken up
 
 // Rows of the blocks that n rows are cut into: as few blocks as possible, all of one height.
 inline int64_t block_height(int64_t n) {

@@ -24,6 +24,25 @@ FASTCAM_INLINE void norms(const T* panel, int64_t depth, T* norm) {
 FASTCAM_MULTIVERSION void norms_f32(const float* panel, int64_t depth, float* norm) { norms(panel, depth, norm); }
 FASTCAM_MULTIVERSION void norms_f64(const double* panel, int64_t depth, double* norm) { norms(panel, depth, norm); }
 
+// Columns from[0], from[1], ... of x (depth, .), its rows `stride` apart -> panel (depth, PANEL), zeros where they end.
+template <typename T>
+FASTCAM_INLINE void gather(const T* x, int64_t stride, int64_t depth, int64_t columns, const int64_t* from, T* panel) {
+  int64_t at[PANEL<T>] = {};
+  std::copy_n(from, columns, at);
+  for (int64_t d = 0; d < depth; ++d, x += stride, panel += PANEL<T>) {
+    for (int64_t n = 0; n < PANEL<T>; ++n) panel[n] = x[at[n]];
+    for (int64_t n = columns; n < PANEL<T>; ++n) panel[n] = 0;
+  }
+}
+FASTCAM_MULTIVERSION void gather_f32(const float* x, int64_t stride, int64_t depth, int64_t columns,
+                                     const int64_t* from, float* panel) {
+  gather(x, stride, depth, columns, from, panel);
+}
+FASTCAM_MULTIVERSION void gather_f64(const double* x, int64_t stride, int64_t depth, int64_t columns,
+                                     const int64_t* from, double* panel) {
+  gather(x, stride, depth, columns, from, panel);
+}
+
 // Row m of the products (rows, PANEL) belongs to support first + m, column n to query n. A later one wins only if it is
 // larger, or the first NaN. Places are of the type of the values, so that vectors of both are equally long.
 template <typename T, typename Place>
@@ -47,9 +66,9 @@ FASTCAM_MULTIVERSION void update_f64(const double* products, const double* s_nor
   update(products, s_norm, q_norm, rows, first, cosine, eps, best, place);
 }
 
-template <typename Place, typename T, typename Norms, typename Update>
+template <typename Place, typename T, typename Norms, typename Gather, typename Update>
 void forward(const T* query, const T* support, const bool* mask, T* value, int64_t* index, int64_t B, int64_t D,
-             int64_t N, int64_t M, bool cosine, T eps, int threads, Norms norms, Update update) {
+             int64_t N, int64_t M, bool cosine, T eps, int threads, Norms norms, Gather gather, Update update) {
   constexpr int64_t P = PANEL<T>;
   std::vector<int64_t> used;
   for (int64_t b = 0; b < B; ++b) {
@@ -61,8 +80,11 @@ void forward(const T* query, const T* support, const bool* mask, T* value, int64
     parallel_for(parts, 1, threads, [&](int64_t i, int64_t) {
       const int64_t columns = std::min(P, count - i * P);
       T* to = packed.get() + i * D * P;
-      for (int64_t d = 0; d < D; ++d)
-        for (int64_t m = 0; m < P; ++m) to[d * P + m] = m < columns ? support[(b * D + d) * M + used[i * P + m]] : T(0);
+      if (used[i * P + columns - 1] - used[i * P] == columns - 1) {
+        pack_tile(support + b * D * M + used[i * P], M, D, columns, to);
+      } else {
+        gather(support + b * D * M, M, D, columns, &used[i * P], to);
+      }
       norms(to, D, s_norm.get() + i * P);
     });
     parallel_for(panels<T>(N), 1, threads, [&](int64_t i, int64_t) {
@@ -160,11 +182,12 @@ void pairwise_max_fwd(const void* query, const void* support, const bool* mask, 
                       int64_t B, int64_t D, int64_t N, int64_t M, bool cosine, double eps, int threads) {
   if (f64) {
     forward<int64_t>(static_cast<const double*>(query), static_cast<const double*>(support), mask,
-                     static_cast<double*>(value), index, B, D, N, M, cosine, eps, threads, norms_f64, update_f64);
+                     static_cast<double*>(value), index, B, D, N, M, cosine, eps, threads, norms_f64, gather_f64,
+                     update_f64);
   } else {
     forward<int32_t>(static_cast<const float*>(query), static_cast<const float*>(support), mask,
                      static_cast<float*>(value), index, B, D, N, M, cosine, static_cast<float>(eps), threads, norms_f32,
-                     update_f32);
+                     gather_f32, update_f32);
   }
 }
 
