@@ -25,6 +25,7 @@ METHODS = {
     "ocr": ("fastcam.methods.ocr", "OCR"),
     "prm": ("fastcam.methods.prm", "PRM"),
     "psa": ("fastcam.methods.psa", "PSA"),
+    "sba": ("fastcam.methods.sba", "SBA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
 }
 

@@ -1,4 +1,4 @@
-"""Scores of label maps, CAMs, objects and tags."""
+"""Scores of label maps, CAMs, objects, tags and rankings."""
 
 from fastcam.metrics.instances import (
     InstanceScores,
@@ -9,6 +9,7 @@ from fastcam.metrics.instances import (
     point_hits,
     response_correlation,
 )
+from fastcam.metrics.retrieval import bootstrap_interval, ranking_average_precision, recall_at, ukbench_hits
 from fastcam.metrics.segmentation import (
     ConfusionMatrix,
     cam_threshold_sweep,
@@ -22,6 +23,7 @@ __all__ = [
     "ConfusionMatrix",
     "InstanceScores",
     "average_precision",
+    "bootstrap_interval",
     "cam_threshold_sweep",
     "fp_fn",
     "iou",
@@ -30,6 +32,9 @@ __all__ = [
     "match_greedily",
     "mean_iou",
     "point_hits",
+    "ranking_average_precision",
+    "recall_at",
     "response_correlation",
     "tag_average_precision",
+    "ukbench_hits",
 ]

@@ -85,6 +85,7 @@ def create_backbone(
     frozen_norm: bool = True,
     head: bool = False,
     stem: bool = False,
+    cut_stages: int = 0,
 ) -> Backbone:
     """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
 
@@ -103,6 +104,8 @@ def create_backbone(
         frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
         head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
         stem: begin with the output before the last four stages, where timm lists one: five outputs instead of four.
+        cut_stages: the last stages of the network that are left out, with their weights: 1 ends a ResNet in layer3
+            ("C4") and a VGG in front of its last pooling. Four outputs remain, those of the stages before.
 
     Raises:
         FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that
@@ -121,11 +124,14 @@ def create_backbone(
     if not 0 <= frozen_stages <= STAGES:
         raise FastcamError(f"backbone '{name}': frozen_stages is {frozen_stages}, expected 0 to {STAGES}")
     full = set(net.state_dict())
-    count = len(net.feature_info)
+    count = len(net.feature_info) - cut_stages
+    if cut_stages < 0 or count < STAGES:
+        most = len(net.feature_info) - STAGES
+        raise FastcamError(f"backbone '{name}': cut_stages is {cut_stages}, expected 0 to {most}")
     before = min(count - STAGES, int(stem))
     indices = list(range(count - STAGES - before, count))
     last, stages = _limit_stride(net, indices, output_stride, dilate)
-    head = head and last.shape[1] != stages[-1].shape[1]
+    head = head and not cut_stages and last.shape[1] != stages[-1].shape[1]
     net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
     if getattr(net, "incre_modules", None) is not None and not head:
         net.incre_modules = None  # HRNet's branches as they are; these widen them for its classifier
