@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcam.errors import FastcamError
+from fastcam.nn.networks import NETWORKS
 
 PROBE = 64  # side of the image that measures strides; the last stage of a stride-32 network still has 2 x 2 pixels
 STAGES = 4
@@ -56,7 +58,7 @@ class Backbone(nn.Module):
         with torch.no_grad():
             outputs = self(torch.zeros(1, 3, PROBE, PROBE))
         self.channels = [x.shape[1] for x in outputs]
-        self.strides = [PROBE // x.shape[-1] for x in outputs]
+        self.strides = [_stride(x) for x in outputs]
         self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -87,14 +89,15 @@ def create_backbone(
     stem: bool = False,
     cut_stages: int = 0,
 ) -> Backbone:
-    """A feature extractor from any timm CNN with at least four stages. Nothing is downloaded.
+    """A feature extractor from any timm CNN with at least four stages, or one of ``fastcam.nn.networks``. Nothing is
+    downloaded.
 
     Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are
     dilated to keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
     HRNet gives its four branches, from stride 4 to 32, and wants images whose sides are multiples of 32.
 
     Args:
-        name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``.
+        name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``; or ``"squeezenet1_1"``, ``"resnet50_v2_c4"``.
         output_stride: largest stride of the outputs: 8, 16 or 32.
         dilate: whether layers behind a removed stride are dilated.
         weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or weights of a trained
@@ -113,10 +116,11 @@ def create_backbone(
     """
     import timm
 
-    if not timm.is_model(name):
-        near = ", ".join(_nearest(name, timm.list_models()))
+    if name not in NETWORKS and not timm.is_model(name):
+        near = ", ".join(_nearest(name, [*NETWORKS, *timm.list_models()]))
         raise FastcamError(f"backbone '{name}': timm has no such network" + (f"; near it: {near}" if near else ""))
-    net: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    net: Any = NETWORKS[name]() if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
+    net.eval()
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < STAGES:
         raise FastcamError(
             f"backbone '{name}': expected a network with {STAGES} or more stages; choose a CNN such as 'resnet50'"
@@ -150,6 +154,11 @@ def create_backbone(
     return backbone
 
 
+def _stride(x: Tensor) -> int:
+    """Stride of an output of the probe; without padding maps are a little smaller than the stride says."""
+    return 2 ** round(math.log2(PROBE / x.shape[-1]))
+
+
 def _nearest(name: str, names: list[str]) -> list[str]:
     import difflib
 
@@ -163,7 +172,7 @@ def _limit_stride(net: Any, indices: list[int], output_stride: int, dilate: bool
     """
 
     def limit(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        stride_in, stride_out = PROBE / args[0].shape[-1], PROBE / output.shape[-1]
+        stride_in, stride_out = _stride(args[0]), _stride(output)
         if stride_out > max(stride_in, output_stride):
             even = layer.kernel_size in (2, (2, 2))  # cannot be centred at stride 1
             if isinstance(layer, nn.Conv2d):
@@ -173,7 +182,7 @@ def _limit_stride(net: Any, indices: list[int], output_stride: int, dilate: bool
                 layer.stride = 1
                 layer.kernel_size = 1 if even else layer.kernel_size
         if dilate and stride_in > output_stride and isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1:
-            rate = int(stride_in // output_stride)
+            rate = stride_in // output_stride
             layer.dilation = tuple(d * rate for d in layer.dilation)
             if not isinstance(layer.padding, str):
                 layer.padding = tuple(p * rate for p in layer.padding)
