@@ -4,6 +4,15 @@ from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.groups import GroupSampler
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
+from fastcam.data.retrieval import (
+    Label,
+    Query,
+    crop_box,
+    label_queries,
+    read_labels,
+    read_landmarks,
+    ukbench_labels,
+)
 from fastcam.data.tags import (
     load_tags,
     read_cls_labels,
@@ -29,14 +38,20 @@ __all__ = [
     "VOC_CLASSES",
     "FolderDataset",
     "GroupSampler",
+    "Label",
+    "Query",
     "RandAugment",
     "VOCDataset",
+    "crop_box",
     "denormalize",
     "eval_transform",
+    "label_queries",
     "load_class_list",
     "load_tags",
     "multi_scale",
     "read_cls_labels",
+    "read_labels",
+    "read_landmarks",
     "read_tag_csv",
     "read_tag_records",
     "segment_transform",
@@ -44,5 +59,6 @@ __all__ = [
     "tags_from_xml",
     "train_transform",
     "two_view_transform",
+    "ukbench_labels",
     "write_procedural",
 ]

@@ -27,6 +27,7 @@ from fastcam.ops.region_pool import region_pool
 
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: what lies below is rounding, not a direction of the data
 BLOCK = 8192  # descriptors that are compared, or columns that are multiplied, at a time
+ROWS = 1024  # queries that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def channel_statistics(x: Tensor, pooling: str = "sum") -> Tensor:
     """Sum or mean over the positions of every channel: ``(B, C, H, W)`` to float64 ``(B, C)``."""
     if x.ndim != 4 or pooling not in ("sum", "mean"):
         raise ValueError(
-            f"channel_statistics: expected x (B, C, H, W) and pooling 'sum' or 'mean', got {tuple(x.shape)}, {pooling!r}"
+            "channel_statistics: expected x (B, C, H, W) and pooling 'sum' or 'mean', "
+            f"got {tuple(x.shape)} and {pooling!r}"
         )
     return x.flatten(2).sum(dim=2, dtype=torch.float64) / (x[0, 0].numel() if pooling == "mean" else 1)
 
@@ -189,7 +191,7 @@ def pool_baseline(x: Tensor, kind: str, power: float = 3.0) -> Tensor:
         return flat.amax(dim=2)
     if kind != "gem":
         raise ValueError(f"pool_baseline: expected 'mean', 'max' or 'gem', got {kind!r}")
-    return flat.clamp(min=1e-6).pow(power).mean(dim=2).pow(1 / power)
+    return flat.clamp(min=0).pow(power).mean(dim=2).pow(1 / power)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,8 +284,8 @@ def fit_whitening(vectors: Tensor, dim: int) -> Whitening:
 def rank(queries: Tensor, database: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
     """The nearest descriptors by squared Euclidean distance, exactly.
 
-    For unit vectors this is the order of the dot products. The matrix of all distances is never stored: descriptors are
-    compared ``BLOCK`` at a time.
+    For unit vectors this is the order of the dot products. The matrix of all distances is never stored: ``ROWS``
+    queries are compared with ``BLOCK`` descriptors at a time.
 
     Cost: 2 Q N P operations.
 
@@ -301,6 +303,12 @@ def rank(queries: Tensor, database: Tensor, k: int | None = None) -> tuple[Tenso
     """
     _check_search("rank", queries, database, k)
     k = min(k or len(database), len(database))
+    found = [_rank_rows(rows, database, k) for rows in queries.split(ROWS)]
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _rank_rows(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     length = queries.square().sum(dim=1, keepdim=True)
@@ -313,33 +321,36 @@ def rank(queries: Tensor, database: Tensor, k: int | None = None) -> tuple[Tenso
     return best, index
 
 
-def rank_faiss(queries: Tensor, database: Tensor, k: int, index: str = "Flat") -> tuple[Tensor, Tensor]:
-    """The nearest descriptors by an index of faiss, for sets that an exact search takes too long for.
+def faiss_index(database: Tensor, kind: str = "Flat") -> Any:
+    """An index of faiss over descriptors, for sets that an exact search takes too long for.
 
     Args:
-        queries: ``(Q, P)``.
         database: ``(N, P)``, which the index is also trained on.
-        k: neighbours of each.
-        index: as ``faiss.index_factory`` takes it: ``"Flat"`` (exact), ``"HNSW32"``, ``"IVF1024,PQ64"``.
-
-    Returns:
-        As :func:`rank`, on the CPU; where the index found fewer than k, infinity and -1.
+        kind: as ``faiss.index_factory`` takes it: ``"Flat"`` (exact), ``"HNSW32"``, ``"IVF1024,PQ64"``.
 
     Raises:
         FastcamError: faiss is not installed, or refuses the index.
-        ValueError: as :func:`rank`.
+        ValueError: an empty database, or NaN.
     """
-    _check_search("rank_faiss", queries, database, k)
-    faiss: Any = optional_module("faiss", f"index {index!r}", "retrieval")
+    _check_search("faiss_index", database, database, None)
+    faiss: Any = optional_module("faiss", f"index {kind!r}", "retrieval")
     vectors = database.float().cpu().contiguous().numpy()
     try:
-        engine = faiss.index_factory(vectors.shape[1], index, faiss.METRIC_L2)
-        engine.train(vectors)
+        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_L2)
+        index.train(vectors)
+        index.add(vectors)
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FastcamError(f"index {index!r}: faiss refuses it for {vectors.shape} numbers: {reason}") from None
-    engine.add(vectors)
-    distance, found = engine.search(queries.float().cpu().contiguous().numpy(), min(k, len(vectors)))
+        reason = " ".join(str(error).split())
+        raise FastcamError(f"index {kind!r}: faiss refuses it for vectors {vectors.shape}: {reason}") from None
+    return index
+
+
+def rank_faiss(queries: Tensor, index: Any, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`rank`, by an index that :func:`faiss_index` made, on the CPU.
+
+    Where the index found fewer than k, the distance is infinite and the number -1.
+    """
+    distance, found = index.search(queries.float().cpu().contiguous().numpy(), min(k, index.ntotal))
     best, indices = torch.from_numpy(distance), torch.from_numpy(found)
     return best.masked_fill(indices < 0, torch.inf), indices
 
@@ -457,18 +468,16 @@ class SBA(nn.Module):
         Raises:
             FastcamError: no detectors have been set.
         """
-        config = self.config
-        if config.aggregation == "pwa" and int(self.detectors[0]) < 0:
+        if self.config.aggregation == "pwa" and int(self.detectors[0]) < 0:
             raise FastcamError("sba: no detectors are chosen; call set_detectors first, or let `fastcam retrieve` run")
-        total = 0
-        for view in [views] if isinstance(views, Tensor) else views:
-            x = self.features(view)
-            if config.aggregation == "pwa":
-                total = total + aggregate_pwa(x, self.detectors, config.alpha, config.beta, normalize=False)
-            else:
-                total = total + pool_baseline(x, config.aggregation, config.power)
-        assert isinstance(total, Tensor)
-        return unit(total)
+        scales = [views] if isinstance(views, Tensor) else views
+        return unit(torch.stack([self._aggregate(self.features(view)) for view in scales]).sum(dim=0))
+
+    def _aggregate(self, x: Tensor) -> Tensor:
+        config = self.config
+        if config.aggregation == "pwa":
+            return aggregate_pwa(x, self.detectors, config.alpha, config.beta, normalize=False)
+        return pool_baseline(x, config.aggregation, config.power)
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """What inference needs: all of the state."""

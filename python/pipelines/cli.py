@@ -30,6 +30,7 @@ COMMANDS = {  # command: (module and function of the pass, what it does)
     "pseudo-label": ("pseudo_label", "make-cam, refine and label in one go, on a folder or on millions of images"),
     "segment": ("segment", "train a segmentation network on label PNGs, or predict masks with one"),
     "evaluate": ("evaluate", "score labels or CAMs against masks"),
+    "retrieve": ("retrieve", "find images like an image: descriptors, whitening, rankings, and their scores"),
     "convert": ("convert", "label PNGs, COCO's JSON, CAM stores and IRN's .npy files into each other"),
     "report": ("report", "one HTML file about a run: overlays, scores, times"),
     "bench": ("", "measure the kernels against what people use instead"),
