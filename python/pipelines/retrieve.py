@@ -156,8 +156,8 @@ def retrieve(
         )
     if whitening is not None and (dim or _given(fit)):
         raise FastcamError("whitening comes with its own dim and images; leave dim and fit out, or whitening")
-    network, record = _network(method, scales)
     dataset = open_data(data, need_tags=False)
+    network, record = _network(method, scales)
     asked = open_data(queries, need_tags=False) if _given(queries) else dataset
     fitted = open_data(fit, need_tags=False) if _given(fit) else None
     search = _plan(dataset, asked, truth)

@@ -90,6 +90,7 @@ class TestHelp:
 def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
     kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
+    kinds["sba"] = "retrieval"
     return kinds.get(config.split("_")[0], "cam")
 
 
@@ -98,10 +99,10 @@ class TestSettings:
     def test_shipped_configuration_is_known_by_name_and_has_only_known_keys(self, config, capsys):
         """It gets as far as the missing data set, past all checks of its own keys."""
         commands = {"segmenter": ["segment", "--labels", "none"], "refiner": ["refine", "--cams", "none"]}
-        commands["regions"] = ["mcof", "--cams", "none"]
+        commands |= {"regions": ["mcof", "--cams", "none"], "retrieval": ["retrieve"]}
         command = commands.get(kind_of(config), ["train"])
         message = error_of(capsys, *command, "--config", config, "--out", "out")
-        assert message.startswith("expected either data.root" if command == ["train"] else "input folder none does not")
+        assert message.startswith("expected either data.root" if len(command) == 1 else "input folder none does not")
 
     @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     def test_method_of_a_shipped_configuration_can_be_built(self, config):
