@@ -113,7 +113,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
     record = {"pass": "train", "data": dataclasses.asdict(data), "method": method, "trainer": trainer_record(trainer)}
     kind = method_class(method["name"]).kind
     if kind not in LEARNS:
-        command = {"refiner": "refine", "regions": "mcof"}.get(kind, "segment")
+        command = {"refiner": "refine", "regions": "mcof", "retrieval": "retrieve"}.get(kind, "segment")
         raise FastcamError(
             f"method {method['name']} is a {kind}, which does not learn from tags; use fastcam {command}"
         )
