@@ -5,6 +5,7 @@ from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize, multi_scale_max
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
+from fastcam.nn.fold import fold_batch_norms
 from fastcam.nn.losses import LossConfig, locally_adaptive_loss, ohem_cross_entropy, power_mean
 from fastcam.nn.peaks import peak_backprop, peak_response_maps, peak_stimulation
 from fastcam.nn.proposals import tree_proposals
@@ -29,6 +30,7 @@ __all__ = [
     "confident_labels",
     "create_backbone",
     "create_trunk",
+    "fold_batch_norms",
     "locally_adaptive_loss",
     "max_normalize",
     "multi_scale_max",

@@ -129,7 +129,7 @@ def two_threshold_labels(
         planes.append(scores.softmax(1))
     refined = refine(torch.cat(planes, 1), F.interpolate(image, half, mode="bilinear", align_corners=False))
     full = F.interpolate(refined, (H, W), mode="bilinear", align_corners=False)
-    strict, loose = full[:, : C + 1].argmax(1), full[:, C + 1 :].argmax(1)
+    strict, loose = (x.max(1).indices for x in (full[:, : C + 1], full[:, C + 1 :]))
     label = torch.where(strict > 0, strict, torch.where(loose > 0, ignore_index, 0))
     if boxes is None:
         return label

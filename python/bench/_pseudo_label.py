@@ -2,8 +2,8 @@
 
 ``python -m fastcam.bench._pseudo_label IMAGES`` labels photographs of a folder with one plain CAM classifier: by IRN's
 ``make_cam`` and ``cam_to_ir_label`` written plainly, with all classes fused, files between the two and pydensecrf for
-the two CRFs; and by ``PseudoLabeler`` with the same scales, rule and CRF. Both take turns on parts of the images. Needs
-``pip install pydensecrf2``.
+the two CRFs, and the network as PyTorch gives it; and by ``PseudoLabeler`` with the same weights, scales, rule and CRF.
+Both take turns on parts of the images. Needs ``pip install pydensecrf2``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from fastcam.data import multi_scale
 from fastcam.io import IMAGE_SUFFIXES, read_label_png, save_weights
 from fastcam.methods import create_method
+from fastcam.pipelines._data import load_trained
 from fastcam.pipelines.label import Rule
-from fastcam.pipelines.labeler import STAGES, PseudoLabeler, Settings
+from fastcam.pipelines.labeler import STAGES, Precision, PseudoLabeler, Settings
 from fastcam.pipelines.make_cam import SCALES
 from fastcam.pipelines.refine import Crf
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads of PseudoLabeler's stages (default: 2)")
     parser.add_argument("--device", default="cpu", help="of the network (default: cpu)")
     parser.add_argument("--batch_pixels", type=int, default=2**20, help="of PseudoLabeler (default: 2**20)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of PseudoLabeler")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Both ways in turn over parts of the images; the first part is labelled once before, unmeasured."""
     crf = Crf("irn")
-    settings = Settings(tuple(args.scales), Rule(high=HIGH, low=LOW), crf, cams=True, batch_pixels=args.batch_pixels)
+    rule, scales = Rule(high=HIGH, low=LOW), tuple(args.scales)
+    settings = Settings(scales, rule, crf, cams=True, batch_pixels=args.batch_pixels, precision=args.precision)
     weights = args.weights
     if weights is None:
         weights = out / "weights.safetensors"
@@ -77,7 +80,9 @@ def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str,
         about = {"method": "cam", "num_classes": 20, "backbone": args.backbone, "config": {"backbone": args.backbone}}
         save_weights(weights, method.state_dict(), {**about, "classes": [f"class {k}" for k in range(20)]})
     labeler = PseudoLabeler(weights, settings, device=args.device, workers=args.workers)
-    names, backbone = labeler.classes, labeler.method.config.backbone
+    network, names = load_trained(weights, "cam")
+    network.to(args.device)
+    backbone = network.config.backbone
     draw = torch.Generator().manual_seed(0)
     tags = {path: torch.randperm(len(names), generator=draw)[: args.tags].sort().values for path in files}
     parts = [files[i : i + args.part] for i in range(0, len(files), args.part)]
@@ -88,7 +93,7 @@ def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str,
     sizes: dict[str, int] = defaultdict(int)
     for number, part in enumerate([parts[0], *parts]):
         start = time.perf_counter()
-        stages = today(labeler.method, part, tags, settings.scales, out)
+        stages = today(network, part, tags, scales, out)
         middle = time.perf_counter()
         before = dict(labeler.seconds)
         rows = labeler([{"image": str(p), "tags": [names[k] for k in tags[p]], "id": p.stem} for p in part])
@@ -112,7 +117,7 @@ def measure(files: list[Path], args: argparse.Namespace, out: Path) -> dict[str,
             sizes["pixels"] += row["width"] * row["height"]
     return {
         "what": f"{backbone}, {args.tags} of {len(names)} classes an image, scales {list(args.scales)} and mirrored, "
-        f"{args.device}, {args.threads} threads, torch {torch.__version__}",
+        f"{args.device}, {args.threads} threads, {args.workers} workers, {args.precision}, torch {torch.__version__}",
         "images": len(files),
         "today": dict(plain),
         "PseudoLabeler": dict(ours),

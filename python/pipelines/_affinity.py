@@ -49,7 +49,7 @@ def seed_label(cams: CamSet, image: Tensor, seeds: Seeds, crf: Crf) -> Tensor:
         uint8 `(H, W)`: class k + 1 where a class beats the high background, 0 where none beats the low one, else 255.
     """
     certain, loose = (
-        to_labels(crf_scores(cams.scores(background), image, crf).argmax(0), cams.keys)
+        to_labels(crf_scores(cams.scores(background), image, crf).max(0).indices, cams.keys)
         for background in seeds.backgrounds()
     )
     return two_threshold_label(certain, loose)

@@ -232,7 +232,7 @@ def _score_cams(
             at = f"{folder / image_id}.npz has class {int(camset.keys[-1])}"
             raise FastcamError(f"{at}, expected 0 to {labels - 2}; check data.classes")
         mask = load_mask(dataset, image_id, camset.size)
-        pred = None if camset.background is None else to_labels(camset.scores().argmax(0), camset.keys)
+        pred = None if camset.background is None else to_labels(camset.scores().max(0).indices, camset.keys)
         return mask, cam_threshold_sweep(camset, mask, thresholds, labels - 1), pred
 
     for mask, counts, pred in ordered_map(count, dataset.ids, workers):

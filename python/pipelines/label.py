@@ -79,7 +79,7 @@ SALIENCY_RULES = {
 
 def to_labels(winner: Tensor, keys: Tensor) -> Tensor:
     """Channels of `CamSet.scores` as labels: 0 stays, channel `i` becomes `keys[i - 1] + 1`; uint8."""
-    return torch.cat([keys.new_zeros(1), keys + 1])[winner].to(torch.uint8)
+    return torch.cat([keys.new_zeros(1), keys + 1]).to(torch.uint8)[winner]
 
 
 def two_threshold_label(certain: Tensor, loose: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def batch_cams(
         One an image, on the CPU.
     """
     device = next(method.parameters()).device
-    batch = [view.to(device, non_blocking=True) for view in views]
+    batch = [view.to(device, non_blocking=True, memory_format=torch.channels_last) for view in views]
     if any(tag is None for tag in tags):
         probability = torch.stack([method.tag_logits(view) for view in batch]).sigmoid().mean(0).cpu()
         found = (probability >= tag_threshold).float()

@@ -212,9 +212,11 @@ def refined_label(
                 bins, saliency, inside, num_bins=mining.bins, clip=mining.clip, smoothing=mining.smoothing
             )
         scores = torch.stack([1 - p, p])
-        return labels[crf_scores(scores, image, dataclasses.replace(crf, unary="softmax")).argmax(0)].to(torch.uint8)
+        return labels[crf_scores(scores, image, dataclasses.replace(crf, unary="softmax")).max(0).indices].to(
+            torch.uint8
+        )
     scores = (mined == labels[:, None, None]).float()
-    made = labels[crf_scores(scores, image, dataclasses.replace(crf, unary="label")).argmax(0)].to(torch.uint8)
+    made = labels[crf_scores(scores, image, dataclasses.replace(crf, unary="label")).max(0).indices].to(torch.uint8)
     return made if len(keys) < 2 else made.masked_fill(confidence < mining.confidence, IGNORE)
 
 

@@ -156,7 +156,7 @@ def crf_scores(scores: Tensor, image: Tensor, crf: Crf) -> Tensor:
         return torch.ones_like(scores)
     values = crf.resolved()
     if values["unary"] == "label":
-        best = scores.argmax(-3).reshape(-1, *scores.shape[-2:])
+        best = scores.max(-3).indices.reshape(-1, *scores.shape[-2:])  # argmax over planes takes 30 times as long
         unary = unary_from_labels(best, labels, values["gt_prob"], zero_unsure=False).view(scores.shape)
     else:
         unary = unary_from_softmax(scores)

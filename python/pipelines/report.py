@@ -474,7 +474,7 @@ def _example(passes: Sequence[Pass], dataset: Images, image_id: str) -> Example:
             cams = load_cams(maps)
         elif p.kind == "refine" and maps.is_file():
             refined = load_cams(maps)
-            labels["refine"] = to_labels(refined.scores().argmax(0), refined.keys)
+            labels["refine"] = to_labels(refined.scores().max(0).indices, refined.keys)
         elif p.kind in LABELS and png.is_file():
             labels[p.kind] = read_label_png(png)
     size = item["image"].shape[1:]

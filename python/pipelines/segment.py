@@ -191,7 +191,7 @@ def predict_masks(
     def write(done: tuple[str, Tensor, Tensor]) -> None:
         image_id, image, p = done
         p = p if crf is None else crf_scores(p, image, crf)
-        write_label_png(out / f"{image_id}.png", p.argmax(0))
+        write_label_png(out / f"{image_id}.png", p.max(0).indices)
 
     def work(ids: Iterable[str]) -> Iterator[None]:
         return ordered_map(write, map(compute, ordered_map(read, ids, workers)), workers)
