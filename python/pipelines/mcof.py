@@ -216,7 +216,8 @@ def refined_label(
             torch.uint8
         )
     scores = (mined == labels[:, None, None]).float()
-    made = labels[crf_scores(scores, image, dataclasses.replace(crf, unary="label")).max(0).indices].to(torch.uint8)
+    sharp = crf_scores(scores, image, dataclasses.replace(crf, unary="label"))
+    made = labels[sharp.max(0).indices].to(torch.uint8)
     return made if len(keys) < 2 else made.masked_fill(confidence < mining.confidence, IGNORE)
 
 
