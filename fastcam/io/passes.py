@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,7 @@ def open_pass(out: str | os.PathLike[str], config: Mapping[str, Any]) -> str:
         with atomic_write(out / "pass.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     elif record["config"] != wanted:
-        old, new = _flat(record["config"]), _flat(wanted)
-        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, "unset") != new.get(key, "unset")]
-        changes = ", ".join(f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}" for key in keys)
+        changes = ", ".join(_changes(record["config"], wanted))
         raise FastcamError(
             f"output folder {out} was made with another configuration ({changes}); choose another folder or remove it"
         )
@@ -103,9 +101,11 @@ def _path(value: object) -> str:
     raise TypeError(f"open_pass: expected plain values in config, got {value!r}")
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"crf": {"srgb": 5}}` as `{"crf.srgb": 5}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`{"crf": {"srgb": 5}}` and `{"crf": {"srgb": 13}}` give `crf.srgb: 5 -> 13`."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "unset"), new.get(key, "unset")
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {' -> '.join('set' if isinstance(v, dict) else str(v) for v in (before, after))}"

@@ -75,10 +75,15 @@ def _start(work: Work, device: str, threads: int, counter: Any) -> None:
     torch.set_num_threads(threads)
     with counter.get_lock():
         place, counter.value = counter.value, counter.value + 1
-    _state.update(work=work, labeler=work.labeler(own_device(device, place)))
+    try:
+        _state.update(work=work, labeler=work.labeler(own_device(device, place)))
+    except FastcamError as error:  # an exception here would only tell that a process died
+        _state["error"] = error
 
 
 def _one(index: int) -> dict[str, Any]:
+    if "error" in _state:
+        raise _state["error"]
     return run_shard(_state["work"], _state["labeler"], index)
 
 

@@ -46,6 +46,11 @@ class Rule:
     low: float | None = None
     min_score: float | None = None
 
+    @property
+    def has_background(self) -> bool:
+        """Whether the CAMs need no background of their own."""
+        return (self.threshold, self.power, self.high) != (None, None, None)
+
     def check(self) -> None:
         """Raises FastcamError where the values exclude each other."""
         if (self.high is None) != (self.low is None):

@@ -156,7 +156,15 @@ class PseudoLabeler:
         self.fingerprint = fingerprint(settings.record(Path(weights)))
         method, self.classes = load_trained(Path(weights), "cam")
         example = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        self.method = fold_batch_norms(method, lambda network: network.cams(example))
+
+        def run(network: Any) -> Tensor:
+            return torch.cat([network.fused_cams([example], (64, 64)).maps.flatten(), network.tag_logits(example)[0]])
+
+        with torch.inference_mode():
+            if not settings.rule.has_background and method.fused_cams([example], (64, 64)).background is None:
+                known = "a threshold, a power, or high and low"
+                raise FastcamError(f"method {method.name} leaves the background to a rule; give {known}")
+        self.method = fold_batch_norms(method, run)
         self.device = pick_device(device)
         self.method.to(self.device, memory_format=torch.channels_last)
         mean, std = self.method.normalize

@@ -19,6 +19,7 @@ from fastcam.data import VOCDataset
 from fastcam.errors import FastcamError
 from fastcam.io import encode_label_png, load_cams, read_label_png
 from fastcam.pipelines import labeler as labeler_module
+from fastcam.pipelines._data import load_trained
 from fastcam.pipelines.label import Rule, label_image
 from fastcam.pipelines.labeler import PseudoLabeler, Settings, expected_iou, reduced
 from fastcam.pipelines.make_cam import image_cams
@@ -139,6 +140,18 @@ class TestRows:
         others = [of(trained, SETTINGS), of(weights, Settings())]
         monkeypatch.setattr(labeler_module, "__version__", "9")
         assert len({first, *others, of(weights, SETTINGS)}) == 4
+
+    def test_sixteen_bit_gives_nearly_the_same_masks(self, labeler, weights, rows):
+        half = PseudoLabeler(weights, dataclasses.replace(SETTINGS, precision="bfloat16"), device="cpu")
+        assert half.fingerprint != labeler.fingerprint
+        for row, other in zip(labeler(rows[:4]), half(rows[:4]), strict=True):
+            assert other["error"] is None
+            assert (read_label_png(row["mask"]) == read_label_png(other["mask"])).float().mean() > 0.9
+            assert load_cams(row["cam"]).maps.sub(load_cams(other["cam"]).maps).abs().mean() < 0.02
+
+    def test_norms_are_folded(self, labeler, trained):
+        assert not [m for m in labeler.method.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert [m for m in load_trained(trained, "cam")[0].modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
     def test_coco_rle_is_the_mask(self, weights, rows):
         coco = pytest.importorskip("pycocotools.mask")
@@ -332,6 +345,8 @@ class TestSafety:
         [
             ({"scales": ()}, "scales are .* expected positive numbers"),
             ({"scales": (1.0, 0)}, "scales are"),
+            ({"precision": "float8"}, "precision is 'float8', expected float32 or bfloat16"),
+            ({"rule": Rule()}, "method cam leaves the background to a rule"),
             ({"stride": 0}, "stride is 0, expected at least 1"),
             ({"rule": Rule(high=0.3)}, "needs both"),
             ({"crf": Crf(sxy=-1)}, r"crf\.sxy is -1"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ from fastcam.errors import FastcamError
 from fastcam.io import CamSet, load_cams, read_label_png, read_pass
 from fastcam.pipelines import _engines, _report_catalogue, _shards
 from fastcam.pipelines._data import Data
-from fastcam.pipelines._shards import finished_shards, read_catalogue
+from fastcam.pipelines._shards import Work, finished_shards, read_catalogue
+from fastcam.pipelines._sources import open_source
 from fastcam.pipelines.evaluate import evaluate
 from fastcam.pipelines.label import label
+from fastcam.pipelines.labeler import Settings
 from fastcam.pipelines.pseudo_label import pseudo_label
 from fastcam.pipelines.refine import Crf
 from fastcam.pipelines.report import report
@@ -341,7 +344,7 @@ class TestResume:
         ("change", "message"),
         [
             ({"threshold": 0.3}, r"threshold: 0\.4 -> 0\.3"),
-            ({"crf": Crf()}, r"crf: None -> unset, .*crf\.preset: unset -> irn"),
+            ({"crf": Crf()}, r"\(crf: None -> set\)"),
             ({"shard_size": 4}, r"input\.shard_size: 5 -> 4"),
             ({"outputs": ("png",)}, "outputs"),
         ],
@@ -466,6 +469,13 @@ class TestEngines:
         with pytest.raises(FastcamError, match="expected whole numbers"):
             _engines.rank_and_world()
 
+    def test_error_of_a_process_is_told(self, root, weights, tmp_path, monkeypatch):
+        monkeypatch.setattr(_engines, "_state", {})
+        source = open_source(root / "JPEGImages", None, None, CLASSES, 5)
+        _engines._start(Work(source, tmp_path, weights, Settings()), "cpu", 1, multiprocessing.Value("i", 0))
+        with pytest.raises(FastcamError, match="leaves the background to a rule"):
+            _engines._one(0)
+
     @pytest.mark.parametrize(
         ("module", "given", "message"),
         [
@@ -487,6 +497,7 @@ def test_settings_that_cannot_be(root, weights, tmp_path):
         ({"outputs": ()}, "expected at least one of each"),
         ({"shard_size": 0}, "shard_size is 0, expected at least 1"),
         ({"threshold": None, "high": 0.3}, "needs both"),
+        ({"threshold": None}, "method cam leaves the background to a rule; give a threshold, a power, or high and low"),
         ({"images": tmp_path / "*.tar"}, "no file matches"),
         ({"images": tmp_path / "none"}, "does not exist"),
     ):
