@@ -14,6 +14,7 @@ from fastcam.errors import FastcamError
 
 # name: (file, class). The files import timm through the backbones, so they are opened when they are asked for.
 METHODS = {
+    "amdim": ("fastcam.methods.amdim", "AMDIM"),
     "cam": ("fastcam.methods.cam", "CAM"),
     "cti": ("fastcam.methods.cti", "CTI"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
@@ -27,6 +28,7 @@ METHODS = {
     "prm": ("fastcam.methods.prm", "PRM"),
     "psa": ("fastcam.methods.psa", "PSA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
+    "ssl_few_shot": ("fastcam.methods.ssl_few_shot", "SSLFewShot"),
 }
 
 

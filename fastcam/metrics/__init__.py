@@ -18,6 +18,7 @@ from fastcam.metrics.instances import (
     point_hits,
     response_correlation,
 )
+from fastcam.metrics.interval import mean_interval
 from fastcam.metrics.segmentation import (
     ConfusionMatrix,
     cam_threshold_sweep,
@@ -43,6 +44,7 @@ __all__ = [
     "mask_boxes",
     "mask_iou",
     "match_greedily",
+    "mean_interval",
     "mean_iou",
     "paired_difference",
     "point_hits",
