@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastcam.data.classes import nearest
 from fastcam.errors import FastcamError
 from fastcam.io import atomic_write
 
 
-def class_members(images: Any, images_per_class: int) -> list[Tensor]:
+def class_members(images: Any, images_per_class: int, names: Sequence[str] | None = None) -> list[Tensor]:
     """The numbers of the images of every class that has images.
 
     Args:
         images: a data set with `ids`, `classes` and `tags` `(len, C)`.
         images_per_class: that an episode takes.
+        names: classes to keep; all by default.
 
     Returns:
         int64, one tensor a class. Classes without images are left out: they belong to other splits.
 
     Raises:
-        FastcamError: an image without a class or of several, or a class of fewer images.
+        FastcamError: an image without a class or of several, an unknown class, or a class of fewer images.
     """
     tags = images.tags
     if tags is None:
@@ -41,9 +43,13 @@ def class_members(images: Any, images_per_class: int) -> list[Tensor]:
         raise FastcamError(
             f"image {images.ids[wrong]!r} has {int(counts[wrong])} tags, but episodes need images of one class"
         )
-    labels = tags.argmax(1)
-    members = [(labels == k).nonzero().flatten() for k in range(tags.shape[1])]
-    for name, own in zip(images.classes, members, strict=True):
+    labels, classes = tags.argmax(1), list(images.classes)
+    names = classes if names is None else names
+    unknown = next((name for name in names if name not in classes), None)
+    if unknown is not None:
+        raise FastcamError(f"class {unknown!r} is not a class of the data{nearest(unknown, classes)}")
+    members = [(labels == classes.index(name)).nonzero().flatten() for name in names]
+    for name, own in zip(names, members, strict=True):
         if 0 < len(own) < images_per_class:
             raise FastcamError(
                 f"class {name} has {len(own)} images, but an episode takes {images_per_class} (shot + queries); leave "

@@ -71,11 +71,11 @@ def open_archive(
     The archive holds `label`, integers `(n,)` of 0 to C - 1, and `classes` or `name`, C strings; images as one of
 
     - `images`: uint8 `(n, H, W)` or `(n, H, W, 3)`;
-    - `jpeg` and `offset`: files end to end, image i from `offset[i]` to `offset[i + 1]`, of any format that Pillow reads;
+    - `jpeg` and `offset`: image files end to end, of any format; image i from `offset[i]` to `offset[i + 1]`;
     - `strokes`: squares of bits, packed `(n, ceil(S S / 8))`, 1 for ink, which becomes white on black (Omniglot).
 
-    It may hold `split`, a word for each class; `wnid`, C strings for ids in place of the names; and `drawer` `(n,)`, who
-    drew an image, for ids such as `Greek/character01/07`. Else images of a class are numbered in their ids.
+    It may hold `split`, a word for each class; `wnid`, C strings for ids in place of the names; and `drawer` `(n,)`,
+    who drew an image, for ids such as `Greek/character01/07`. Else images of a class are numbered in their ids.
 
     Args:
         path: the file.
@@ -124,8 +124,8 @@ def open_list(
         classes: names of classes to keep, in this order.
 
     Raises:
-        FastcamError: the file or an image is missing, the file is empty or no such CSV, an image comes twice, a class is
-            not in the list.
+        FastcamError: the file or an image is missing, the file is empty or no such CSV, an image comes twice, a class
+            is not in the list.
     """
     images, path = Path(images), Path(path)
     try:
@@ -176,8 +176,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     outside = labels.ndim != 1 or len(labels) != count or labels.dtype.kind not in "iu"
     if outside or (count and not 0 <= labels.min() <= labels.max() < len(names)):
         raise FastcamError(
-            f"archive {path} has label {labels.dtype} {labels.shape} for {count} images, expected one integer an image, "
-            f"0 to {len(names) - 1}"
+            f"archive {path} has label {labels.dtype} {labels.shape} for {count} images, expected an integer of 0 to "
+            f"{len(names) - 1} for each"
         )
     return arrays
 

@@ -67,7 +67,7 @@ class Config(EncoderConfig):
 
 
 class Maps(NamedTuple):
-    """Features of one view in the space where views are compared: ``(B, r, 1, 1)``, ``(B, r, 5, 5)``, ``(B, r, 7, 7)``."""
+    """Features of a view where views are compared: ``(B, r, 1, 1)``, ``(B, r, 5, 5)``, ``(B, r, 7, 7)``."""
 
     r1: Tensor
     r5: Tensor
@@ -192,7 +192,7 @@ def multilocation_nce(
 
 
 class _Gather(torch.autograd.Function):
-    """The tensors of all processes, one after the other; the gradient of an image sums what all processes know of it."""
+    """The tensors of all processes in turn; the gradient of an image sums what all processes know of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -260,7 +260,10 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, channels, h, w)`` -> ``(B, out, h', w')``."""
         y = self.conv2(F.relu(self.conv1(x)))
-        y[:, : x.shape[1]] += x if self.kernel == self.stride == 1 else F.avg_pool2d(x, self.kernel, self.stride)
+        skip = x if self.kernel == self.stride == 1 else F.avg_pool2d(x, self.kernel, self.stride)
+        if skip.shape == y.shape:
+            return y.add_(skip)
+        y[:, : skip.shape[1]] += skip
         return y
 
 
@@ -341,7 +344,7 @@ class Encoder(nn.Module):
 
 
 class RKHSHead(nn.Module):
-    """Brings a map to the r channels of the comparison: a small 1 x 1 network beside a nearly plain copy, batch norm."""
+    """Brings a map to the r channels of the comparison: a 1 x 1 network beside a nearly plain copy, batch norm."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -538,7 +541,7 @@ def load_encoder(encoder: Encoder, config: EncoderConfig, path: str | Path) -> N
     for field in ("size", "width", "rkhs", "depth"):
         if saved["config"][field] != getattr(config, field):
             raise FastcamError(
-                f"weights '{path}': {field} is {saved['config'][field]}, but method.{field} is {getattr(config, field)}; "
-                "make them equal"
+                f"weights '{path}': {field} is {saved['config'][field]}, but method.{field} is "
+                f"{getattr(config, field)}; make them equal"
             )
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})

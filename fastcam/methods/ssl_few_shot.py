@@ -169,7 +169,7 @@ class SSLFewShot(nn.Module):
         return embedding_transform(self.config)
 
     def episode_logits(self, images: Tensor, temperature: float) -> Tensor:
-        """``(N (K + Q), 3, S, S)`` -> ``(Q N, N)``. Support and queries are encoded by two calls, or by one for both."""
+        """``(N (K + Q), 3, S, S)`` -> ``(Q N, N)``. Support and queries are encoded by two calls, or by one."""
         c = self.config
         sizes = [c.way * c.shot, c.way * c.queries]
         if len(images) != sum(sizes):

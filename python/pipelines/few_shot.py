@@ -32,18 +32,23 @@ def few_shot(
 ) -> dict[str, Any]:
     """Tests a few-shot method on episodes of classes it has not learned, and writes scores.json.
 
+    Methods that classify: an episode is a few labelled images of each of some classes, and further images of these
+    classes, which go to the nearest mean of a class; every image is embedded once. The score is the mean accuracy over
+    the episodes, with its 95 % interval. A pre-trained network that embeds images (amdim) is tested as it is.
+
     Methods that segment: an episode is one query image and a few images in which its class is marked. Intersections
     and unions are added up over the episodes; the scores are the mean IoU over the novel classes and FB-IoU, with 95 %
     intervals over episodes drawn again. The episodes are drawn once and kept in list.json; --episode-list takes
     the list of another run. A run that was stopped goes on with the episodes that are not there yet.
 
     Args:
-        data: the images, with masks; the classes are all of the data's, base and novel.
+        data: the images, with masks, and with all classes, base and novel; for methods that classify images of one
+            class each, of the classes to test.
         weights: weights.safetensors of a finished train pass.
         out: output folder, one .episode.json an episode.
-        shots: marked images an episode.
-        ways: classes an episode; methods that segment have one.
-        queries: query images an episode; methods that segment have one.
+        shots: marked images an episode; labelled images of each class.
+        ways: classes an episode; methods that segment have one, others by default 5.
+        queries: query images an episode; methods that segment have one, others by default 15 of each class.
         episodes: number of episodes.
         seed: of the draw of the episodes.
         classes: names of the classes to test; by default those that the method kept for it.
@@ -66,6 +71,28 @@ def few_shot(
     """
     saved = load_weights(weights)[1]
     kind = method_class(saved["method"]).kind if "method" in saved else "network of another program"
+    if "method" in saved and hasattr(method_class(saved["method"]), "embed"):
+        if predictor != "network" or predictions:
+            raise FastcamError(
+                f"method {saved['method']} classifies images; predictor and predictions are of methods that segment"
+            )
+        from fastcam.pipelines._few_shot_classification import classify_episodes
+
+        return classify_episodes(
+            data,
+            weights,
+            out,
+            shots=shots,
+            ways=5 if ways is None else ways,
+            queries=15 if queries is None else queries,
+            count=episodes,
+            seed=seed,
+            names=classes,
+            episode_list=episode_list,
+            against=against,
+            device=device,
+            workers=workers,
+        )
     if kind != "few-shot":
         raise FastcamError(f"weights {weights} are of a {kind}, expected a few-shot method; give other weights")
     if not getattr(method_class(saved["method"]), "learns_from_masks", False):
@@ -98,6 +125,8 @@ def few_shot(
 
 def table(scores: dict[str, Any]) -> str:
     """What :func:`few_shot` returned as lines of text."""
+    if "accuracy" in scores:
+        return _accuracy_table(scores)
     names = [*scores["iou"], "mean", "FB-IoU"]
     values = [*scores["iou"].values(), scores["mean_iou"], scores["fb_iou"]]
     intervals = scores["intervals"]
@@ -109,6 +138,17 @@ def table(scores: dict[str, Any]) -> str:
         numbers = [_percent(number).strip() for number in (value, low, high)]
         lines.append("{}: {} more than the other run, 95 % of draws {} to {}".format(name, *numbers))
     return "\n".join([*lines, f"{scores['shots']} shots, {scores['episodes']} episodes, {scores['predictor']}"])
+
+
+def _accuracy_table(scores: dict[str, Any]) -> str:
+    about = (
+        f"{scores['ways']} ways, {scores['shots']} shots, {scores['queries']} queries, {scores['episodes']} episodes"
+    )
+    lines = [f"accuracy {_percent(scores['accuracy'])} +- {100 * scores['interval']:.2f} %  ({about})"]
+    if "difference" in scores:
+        above = f"{100 * scores['difference']:.2f} +- {100 * scores['difference_interval']:.2f}"
+        lines.append(f"{above} above the other run on the same episodes")
+    return "\n".join(lines)
 
 
 def _percent(value: float | None) -> str:
