@@ -490,8 +490,10 @@ class AMDIM(nn.Module):
         """
         if "second" not in batch:
             raise ValueError("amdim.training_step: expected a second view batch['second']; see AMDIM.train_transform")
+        images = len(batch["image"])
+        if images < 2 and self.training:
+            raise FastcamError("amdim: one image a step has no negatives and no batch norm; raise trainer.batch_size")
         first, second = self.maps(batch["image"]), self.maps(batch["second"])
-        images = len(first.r1)
         places = torch.randint(25, (2, images)).to(first.r1.device)
         scalars = amdim_losses(
             first, second, (places[0], places[1]), clip=self.config.clip, penalty=self.config.penalty
