@@ -107,7 +107,7 @@ def open_archive(
     if twice is not None:
         raise FastcamError(f"archive {path} has two images with id {twice!r}; each drawer must draw a class once")
     read = _reader(path, arrays)
-    return LabelledDataset(lambda i: read(int(chosen[i])), ids, new[labels[chosen]], [names[k] for k in kept])
+    return LabelledDataset(lambda i: read(int(chosen[i])), ids, new[labels[chosen]].tolist(), [names[k] for k in kept])
 
 
 def open_list(

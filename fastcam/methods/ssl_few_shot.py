@@ -131,7 +131,7 @@ class SSLFewShot(nn.Module):
     def __init__(self, num_classes: int, config: Config = Config(), *, weights: str | Path | None = None) -> None:
         super().__init__()
         if config.way < 2:
-            raise FastcamError(f"ssl_few_shot: way is {config.way}, expected at least 2; one class has nothing to learn")
+            raise FastcamError(f"ssl_few_shot: way is {config.way}, expected 2 or more; one class has nothing to learn")
         for field in ("shot", "queries", "episodes", "epochs", "drop_every"):
             if getattr(config, field) < 1:
                 raise FastcamError(f"ssl_few_shot: {field} is {getattr(config, field)}, expected at least 1")

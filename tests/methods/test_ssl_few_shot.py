@@ -166,7 +166,7 @@ class TestMethod:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"way": 1}, "way is 1, expected at least 2; one class has nothing to learn"),
+            ({"way": 1}, "way is 1, expected 2 or more; one class has nothing to learn"),
             ({"shot": 0}, "shot is 0"),
             ({"queries": 0}, "queries is 0"),
             ({"temperature": 0.0}, "temperature is 0.0"),
