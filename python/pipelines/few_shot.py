@@ -45,13 +45,13 @@ def few_shot(
         data: the images, with masks, and with all classes, base and novel; for methods that classify images of one
             class each, of the classes to test.
         weights: weights.safetensors of a finished train pass.
-        out: output folder, one .episode.json an episode.
+        out: output folder; of methods that segment one .episode.json an episode.
         shots: marked images an episode; labelled images of each class.
         ways: classes an episode; methods that segment have one, others by default 5.
         queries: query images an episode; methods that segment have one, others by default 15 of each class.
         episodes: number of episodes.
         seed: of the draw of the episodes.
-        classes: names of the classes to test; by default those that the method kept for it.
+        classes: names of the classes to test; by default those that the method kept for it, or all of the data's.
         episode_list: list.json of another run, instead of shots, episodes and seed.
         size: length that the longer side of every image is brought to; its shorter side is filled up to a square.
         predictor: the network; or a baseline on its untrained trunk: cosines with the mean features of the class and of
@@ -70,8 +70,9 @@ def few_shot(
             fit the data.
     """
     saved = load_weights(weights)[1]
-    kind = method_class(saved["method"]).kind if "method" in saved else "network of another program"
-    if "method" in saved and hasattr(method_class(saved["method"]), "embed"):
+    cls = method_class(saved["method"]) if "method" in saved else None
+    kind = "network of another program" if cls is None else cls.kind
+    if hasattr(cls, "embed"):
         if predictor != "network" or predictions:
             raise FastcamError(
                 f"method {saved['method']} classifies images; predictor and predictions are of methods that segment"
@@ -87,7 +88,7 @@ def few_shot(
             queries=15 if queries is None else queries,
             count=episodes,
             seed=seed,
-            names=classes,
+            names=classes or None,
             episode_list=episode_list,
             against=against,
             device=device,
@@ -95,7 +96,7 @@ def few_shot(
         )
     if kind != "few-shot":
         raise FastcamError(f"weights {weights} are of a {kind}, expected a few-shot method; give other weights")
-    if not getattr(method_class(saved["method"]), "learns_from_masks", False):
+    if not getattr(cls, "learns_from_masks", False):
         raise FastcamError(f"method {saved['method']} does not learn from masks; its episodes are of another pass")
     for name, given in (("ways", ways), ("queries", queries)):
         if given not in (None, 1):
@@ -141,9 +142,7 @@ def table(scores: dict[str, Any]) -> str:
 
 
 def _accuracy_table(scores: dict[str, Any]) -> str:
-    about = (
-        f"{scores['ways']} ways, {scores['shots']} shots, {scores['queries']} queries, {scores['episodes']} episodes"
-    )
+    about = ", ".join(f"{scores[name]} {name}" for name in ("ways", "shots", "queries", "episodes"))
     lines = [f"accuracy {_percent(scores['accuracy'])} +- {100 * scores['interval']:.2f} %  ({about})"]
     if "difference" in scores:
         above = f"{100 * scores['difference']:.2f} +- {100 * scores['difference_interval']:.2f}"
