@@ -147,7 +147,7 @@ def multilocation_nce(
     Other places of the same image are neither positive nor negative. AMDIM's loss of one pair of scales; float32 sums
     (float64 for float64) also under autocast. Differentiable once, in both.
 
-    Cost: ``n B L r`` multiply-adds, three times that with the gradient. Memory: blocks of scores, not all ``n B L``;
+    Cost: ``n B L r`` multiply-adds, four times that with the gradient. Memory: blocks of scores, not all ``n B L``;
     for the gradient ``n (L + 1)`` numbers besides the features.
 
     Args:

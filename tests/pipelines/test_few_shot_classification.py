@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,3 +135,17 @@ def test_random_embeddings_are_right_by_chance():
     members = list(torch.arange(400).split(20))
     accuracies = episode_accuracies(embeddings, fixed_episodes(members, 5, 16, 2000, seed=0), 1)
     assert abs(accuracies.mean().item() - 0.2) < 0.01
+
+
+def test_list_of_images_with_classes_is_opened_by_the_split(data, tmp_path):
+    names = sorted(path.name for path in Path(data.root, "JPEGImages").iterdir())[:3]
+    (tmp_path / "train.csv").write_text(
+        "filename,label\n" + "".join(f"{name},c{i % 2}\n" for i, name in enumerate(names))
+    )
+    listed = Data(images=f"{data.root}/JPEGImages", split=str(tmp_path / "train.csv"))
+    dataset = open_data(listed)
+    assert dataset.classes == ("c0", "c1") and dataset.tags.argmax(1).tolist() == [0, 1, 0]
+    assert dataset.ids == [Path(name).stem for name in names]
+    assert open_data(dataclasses.replace(listed, classes=["c1"])).ids == [Path(names[1]).stem]
+    with pytest.raises(FastcamError, match=r"masks are needed, and .* has none; give data.root"):
+        open_data(listed, masks=True)
