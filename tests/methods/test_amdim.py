@@ -422,7 +422,8 @@ class TestViews:
         windows = [padded[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
         for seed in range(6):
             torch.manual_seed(seed)
-            assert any(torch.allclose(transform(item)["second"], window, atol=1e-6) for window in windows)
+            moved = transform(item)["second"]
+            assert any(torch.allclose(moved, window, atol=1e-6) for window in windows)
 
     def test_crop_of_another_size_than_the_encoders_is_refused(self):
         with pytest.raises(FastcamError, match=r"amdim: trainer.crop is 48, but the encoder sees 32 pixels"):
