@@ -90,7 +90,7 @@ class TestHelp:
 def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
     kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
-    kinds |= {"amdim": "pretraining", "ssl": "few-shot"}
+    kinds |= {"amdim": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
     return kinds.get(config.split("_")[0], "cam")
 
 
