@@ -1,8 +1,10 @@
 """Data sets by their layout on disk, joint transforms, and the procedural data set of the demo."""
 
+from fastcam.data.class_episodes import ClassEpisodes, class_members, draw_episode, fixed_episodes
 from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.groups import GroupSampler
+from fastcam.data.labelled import LabelledDataset, open_archive, open_list
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
 from fastcam.data.retrieval import (
     Label,
@@ -23,11 +25,13 @@ from fastcam.data.tags import (
 )
 from fastcam.data.transforms import (
     RandAugment,
+    center_transform,
     denormalize,
     eval_transform,
     multi_scale,
     segment_transform,
     train_transform,
+    twin_transform,
     two_view_transform,
 )
 from fastcam.data.voc import VOCDataset
@@ -36,19 +40,27 @@ __all__ = [
     "COCO_CLASSES",
     "PROCEDURAL_CLASSES",
     "VOC_CLASSES",
+    "ClassEpisodes",
     "FolderDataset",
     "GroupSampler",
     "Label",
+    "LabelledDataset",
     "Query",
     "RandAugment",
     "VOCDataset",
+    "center_transform",
+    "class_members",
     "crop_box",
     "denormalize",
+    "draw_episode",
     "eval_transform",
+    "fixed_episodes",
     "label_queries",
     "load_class_list",
     "load_tags",
     "multi_scale",
+    "open_archive",
+    "open_list",
     "read_cls_labels",
     "read_labels",
     "read_landmarks",
@@ -58,6 +70,7 @@ __all__ = [
     "tags_from_mask",
     "tags_from_xml",
     "train_transform",
+    "twin_transform",
     "two_view_transform",
     "ukbench_labels",
     "write_procedural",

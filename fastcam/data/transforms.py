@@ -239,6 +239,78 @@ def two_view_transform(
     return transform
 
 
+def twin_transform(
+    size: int,
+    *,
+    scale: tuple[float, float] = (0.3, 1.0),
+    ratio: tuple[float, float] = (0.7, 1.4),
+    shift: int | None = None,
+    jitter: Sequence[float] | None = (0.4, 0.4, 0.4, 0.1),
+    grayscale: float = 0.25,
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """Two views of every image that are mirrored alike, and cropped and coloured each on its own (AMDIM).
+
+    Args:
+        size: S.
+        scale: smallest and largest area of a crop as a share of the image's.
+        ratio: smallest and largest ratio of its sides.
+        shift: move the image by at most so many pixels instead, four times out of five; what is missing at the border
+            is mirrored. The image is brought to S x S pixels first.
+        jitter: brightness, contrast, saturation and hue, four times out of five; `None` for none.
+        grayscale: share of views without colour.
+        flip: mirror every other image.
+        mean: subtracted from the image in [0, 1].
+        std: divides it then.
+
+    Returns:
+        A transform whose items have `"image"` and `"second"` float32 `(3, S, S)`.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if shift is None:
+        place: list[Transform] = [v2.RandomResizedCrop(size, scale, ratio, interpolation=bicubic)]
+    else:
+        moved = v2.RandomApply([v2.RandomCrop(size, padding=shift, padding_mode="reflect")], p=0.8)
+        place = [v2.Resize((size, size), interpolation=bicubic), moved]
+    color = [] if jitter is None else [v2.RandomApply([v2.ColorJitter(*jitter)], p=0.8)]
+    view = v2.Compose([*place, *color, v2.RandomGrayscale(grayscale), _normalize(mean, std), _to_tensors])
+    mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+
+    def transform(item: Item) -> Item:
+        item = mirror(item)
+        return {**view(item), "second": view({"image": item["image"]})["image"]}
+
+    return transform
+
+
+def center_transform(
+    size: int,
+    *,
+    resize: int,
+    flip: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
+    """The transform of images that are classified: shorter side to `resize` (bicubic), the central square, normalised.
+
+    Args:
+        size: S, at most `resize`.
+        resize: new length of the shorter side.
+        flip: mirror every other image.
+        mean: subtracted from the image in [0, 1].
+        std: divides it then.
+
+    Returns:
+        A transform whose items have `"image"` float32 `(3, S, S)`.
+    """
+    if not 1 <= size <= resize:
+        raise ValueError(f"center_transform: expected 1 <= size <= resize, got {size}, {resize}")
+    shape = [v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+    return v2.Compose([*shape, *_augment(flip, None), _normalize(mean, std), _to_tensors])
+
+
 def segment_transform(
     crop_size: int,
     *,

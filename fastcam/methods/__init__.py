@@ -14,11 +14,13 @@ from fastcam.errors import FastcamError
 
 # name: (file, class). The files import timm through the backbones, so they are opened when they are asked for.
 METHODS = {
+    "amdim": ("fastcam.methods.amdim", "AMDIM"),
     "cam": ("fastcam.methods.cam", "CAM"),
     "cti": ("fastcam.methods.cti", "CTI"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "drs": ("fastcam.methods.drs", "DRS"),
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
+    "dsmf_net": ("fastcam.methods.dsmf_net", "DSMFNet"),
     "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "mcof": ("fastcam.methods.mcof", "MCOF"),
@@ -27,6 +29,7 @@ METHODS = {
     "psa": ("fastcam.methods.psa", "PSA"),
     "sba": ("fastcam.methods.sba", "SBA"),
     "sfc": ("fastcam.methods.sfc", "SFC"),
+    "ssl_few_shot": ("fastcam.methods.ssl_few_shot", "SSLFewShot"),
 }
 
 

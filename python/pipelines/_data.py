@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastcam.data import VOC_CLASSES, FolderDataset, VOCDataset, load_class_list, train_transform
+from fastcam.data import (
+    VOC_CLASSES,
+    FolderDataset,
+    LabelledDataset,
+    VOCDataset,
+    load_class_list,
+    open_archive,
+    open_list,
+    train_transform,
+)
 from fastcam.errors import FastcamError
 from fastcam.io import load_weights, read_pass
 from fastcam.methods import load_method
@@ -29,8 +38,9 @@ class Data:
 
     Args:
         root: folder that holds JPEGImages/ and ImageSets/Segmentation/.
-        split: name of a list in ImageSets/Segmentation/ or path of one; several are joined by +, as in train+extra.
-        images: plain folder of images, instead of root.
+        split: name of a list in ImageSets/Segmentation/ or path of one; several are joined by +, as in train+extra. For
+            images: a CSV filename,label that lists them with one class each; of an archive the classes' split.
+        images: plain folder of images, or an .npz archive of images of one class each, instead of root.
         classes: voc, coco, names with commas between, or a file with a name a line. By default those of the weights or
             of the pass before, else those of classes.txt in root, else voc.
         tags: image-level labels: mask (the classes in the mask), xml (Annotations/), or a .csv or .npy file, below root
@@ -125,6 +135,11 @@ def open_data(
             f"data.classes are {', '.join(given)}, but the input was made for {', '.join(classes)}; leave them out"
         )
     names = given or (tuple(classes) if classes else None)
+    labelled = _open_labelled(data, names)
+    if labelled is not None:
+        if masks:
+            raise FastcamError(f"masks are needed, and {data.images} with split {data.split} has none; give data.root")
+        return Images([labelled], transform)
     if data.images is not None:
         if masks and not Path(data.masks).is_dir():
             raise FastcamError(f"masks are needed, and there is no folder {data.masks}; give data.masks or data.root")
@@ -142,6 +157,15 @@ def open_data(
     splits = [data.split] if Path(data.split).is_file() else data.split.split("+")
     parts = [VOCDataset(root, s, classes=names, tags=tags, masks=folder, void=data.void) for s in splits]
     return Images(parts, transform)
+
+
+def _open_labelled(data: Data, classes: Sequence[str] | None) -> LabelledDataset | None:
+    """Images of one class each, where `data` names an archive or a list of them; their classes are their own."""
+    if data.images is None:
+        return None
+    if Path(data.images).suffix == ".npz":
+        return open_archive(data.images, data.split, classes)
+    return open_list(data.images, data.split, classes) if Path(data.split).suffix == ".csv" else None
 
 
 def training_transform(trainer: TrainerConfig, normalize: tuple[Sequence[float], Sequence[float]]) -> Transform:
@@ -206,14 +230,16 @@ def folder_classes(folder: Path) -> list[str] | None:
 
 
 def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
-    """A trained method of a kind ("cam", "segmenter", "refiner", "regions") and the names of its classes.
+    """A trained method of a kind ("cam", "segmenter", "few-shot", "refiner", "regions") and the names of its classes.
 
     Raises:
         FastcamError: the weights are missing, damaged, of another kind, or not written by train, segment or refine.
     """
     saved = load_weights(path)[1]
     if "method" not in saved:
-        maker = {"cam": "train", "segmenter": "segment", "refiner": "refine", "regions": "mcof"}[kind]
+        maker = {"cam": "train", "few-shot": "train", "segmenter": "segment", "refiner": "refine", "regions": "mcof"}[
+            kind
+        ]
         raise FastcamError(
             f"weights {path} say nothing of their method; expected the {maker} pass's weights.safetensors"
         )
