@@ -19,6 +19,7 @@ METHODS = {
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "drs": ("fastcam.methods.drs", "DRS"),
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),
+    "dsmf_net": ("fastcam.methods.dsmf_net", "DSMFNet"),
     "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "mcof": ("fastcam.methods.mcof", "MCOF"),

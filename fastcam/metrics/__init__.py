@@ -1,5 +1,14 @@
-"""Scores of label maps, CAMs, objects, tags and rankings."""
+"""Scores of label maps, CAMs, objects, tags, rankings and few-shot episodes."""
 
+from fastcam.metrics.few_shot import (
+    FewShotScores,
+    bootstrap_sums,
+    class_sums,
+    episode_counts,
+    few_shot_scores,
+    interval,
+    paired_difference,
+)
 from fastcam.metrics.instances import (
     InstanceScores,
     average_precision,
@@ -21,16 +30,23 @@ from fastcam.metrics.segmentation import (
 
 __all__ = [
     "ConfusionMatrix",
+    "FewShotScores",
     "InstanceScores",
     "average_precision",
     "bootstrap_interval",
+    "bootstrap_sums",
     "cam_threshold_sweep",
+    "class_sums",
+    "episode_counts",
+    "few_shot_scores",
     "fp_fn",
+    "interval",
     "iou",
     "mask_boxes",
     "mask_iou",
     "match_greedily",
     "mean_iou",
+    "paired_difference",
     "point_hits",
     "ranking_average_precision",
     "recall_at",

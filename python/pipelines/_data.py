@@ -206,14 +206,16 @@ def folder_classes(folder: Path) -> list[str] | None:
 
 
 def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
-    """A trained method of a kind ("cam", "segmenter", "refiner", "regions") and the names of its classes.
+    """A trained method of a kind ("cam", "segmenter", "few-shot", "refiner", "regions") and the names of its classes.
 
     Raises:
         FastcamError: the weights are missing, damaged, of another kind, or not written by train, segment or refine.
     """
     saved = load_weights(path)[1]
     if "method" not in saved:
-        maker = {"cam": "train", "segmenter": "segment", "refiner": "refine", "regions": "mcof"}[kind]
+        maker = {"cam": "train", "few-shot": "train", "segmenter": "segment", "refiner": "refine", "regions": "mcof"}[
+            kind
+        ]
         raise FastcamError(
             f"weights {path} say nothing of their method; expected the {maker} pass's weights.safetensors"
         )

@@ -29,6 +29,7 @@ COMMANDS = {  # command: (module and function of the pass, what it does)
     "label": ("label", "turn CAMs into label PNGs, by one threshold or by two"),
     "pseudo-label": ("pseudo_label", "make-cam, refine and label in one go, on a folder or on millions of images"),
     "segment": ("segment", "train a segmentation network on label PNGs, or predict masks with one"),
+    "few-shot": ("few_shot", "test a few-shot method on fixed episodes of novel classes"),
     "evaluate": ("evaluate", "score labels or CAMs against masks"),
     "retrieve": ("retrieve", "find images like an image: descriptors, whitening, rankings, and their scores"),
     "convert": ("convert", "label PNGs, COCO's JSON, CAM stores and IRN's .npy files into each other"),
@@ -89,10 +90,11 @@ def _run(argv: list[str]) -> int:
     if args.command == "bench":
         return _bench(rest)
     module, summary = COMMANDS[args.command]
-    function = getattr(importlib.import_module(f"fastcam.pipelines.{module}"), module)
+    file = importlib.import_module(f"fastcam.pipelines.{module}")
+    function = getattr(file, module)
     result = function(**_arguments(args.command, function, summary, rest))
     if result is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(importlib.import_module("fastcam.pipelines.evaluate").table(result) if module == "evaluate" else result)
+        print(file.table(result) if hasattr(file, "table") else result)
     return 0
 
 

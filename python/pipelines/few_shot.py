@@ -1,0 +1,114 @@
+"""The few-shot pass: a trained method on fixed episodes of novel classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcam.errors import FastcamError
+from fastcam.io import load_weights
+from fastcam.methods import method_class
+from fastcam.pipelines._data import Data
+
+
+def few_shot(
+    data: Data,
+    weights: Path,
+    out: Path,
+    shots: int = 1,
+    ways: int | None = None,
+    queries: int | None = None,
+    episodes: int = 1000,
+    seed: int = 0,
+    classes: list[str] | None = None,
+    episode_list: Path | None = None,
+    size: int = 256,
+    predictor: Literal["network", "prototype", "prior"] = "network",
+    threshold: float = 0.5,
+    predictions: bool = False,
+    against: Path | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Tests a few-shot method on episodes of classes it has not learned, and writes scores.json.
+
+    Methods that segment: an episode is one query image and a few images in which its class is marked. Intersections
+    and unions are added up over the episodes; the scores are the mean IoU over the novel classes and FB-IoU, with 95 %
+    intervals over episodes drawn again. The episodes are drawn once and kept in list.json; --episode-list takes
+    the list of another run. A run that was stopped goes on with the episodes that are not there yet.
+
+    Args:
+        data: the images, with masks; the classes are all of the data's, base and novel.
+        weights: weights.safetensors of a finished train pass.
+        out: output folder, one .episode.json an episode.
+        shots: marked images an episode.
+        ways: classes an episode; methods that segment have one.
+        queries: query images an episode; methods that segment have one.
+        episodes: number of episodes.
+        seed: of the draw of the episodes.
+        classes: names of the classes to test; by default those that the method kept for it.
+        episode_list: list.json of another run, instead of shots, episodes and seed.
+        size: length that the longer side of every image is brought to; its shorter side is filled up to a square.
+        predictor: the network; or a baseline on its untrained trunk: cosines with the mean features of the class and of
+            its background (prototype), or the best cosine with any marked place (prior).
+        threshold: of the prior.
+        predictions: write a .png an episode: 1 the class, 0 not.
+        against: output folder of another run on the same episodes; the difference of the scores is added.
+        device: auto, cpu or cuda.
+        workers: threads that read images and write results.
+
+    Returns:
+        What scores.json holds.
+
+    Raises:
+        FastcamError: weights of another kind of method, no masks, classes with too few images, or a list that does not
+            fit the data.
+    """
+    saved = load_weights(weights)[1]
+    kind = method_class(saved["method"]).kind if "method" in saved else "network of another program"
+    if kind != "few-shot":
+        raise FastcamError(f"weights {weights} are of a {kind}, expected a few-shot method; give other weights")
+    if not getattr(method_class(saved["method"]), "learns_from_masks", False):
+        raise FastcamError(f"method {saved['method']} does not learn from masks; its episodes are of another pass")
+    for name, given in (("ways", ways), ("queries", queries)):
+        if given not in (None, 1):
+            raise FastcamError(
+                f"{name} is {given}, but method {saved['method']} segments one image for one class; use 1"
+            )
+    from fastcam.pipelines._few_shot_segmentation import segment_episodes
+
+    return segment_episodes(
+        data,
+        weights,
+        out,
+        shots=shots,
+        count=episodes,
+        seed=seed,
+        names=classes,
+        episode_list=episode_list,
+        size=size,
+        predictor=predictor,
+        threshold=threshold,
+        predictions=predictions,
+        against=against,
+        device=device,
+        workers=workers,
+    )
+
+
+def table(scores: dict[str, Any]) -> str:
+    """What :func:`few_shot` returned as lines of text."""
+    names = [*scores["iou"], "mean", "FB-IoU"]
+    values = [*scores["iou"].values(), scores["mean_iou"], scores["fb_iou"]]
+    intervals = scores["intervals"]
+    ranges = [*intervals["iou"].values(), intervals["mean_iou"], intervals["fb_iou"]]
+    lines = [f"{'class':<20} IoU %   95 % of draws"]
+    for name, value, (low, high) in zip(names, values, ranges, strict=True):
+        lines.append(f"{name:<20} {_percent(value)}   {_percent(low)} to {_percent(high)}")
+    for name, (value, low, high) in scores.get("difference", {}).items():
+        lines.append(f"{name} is {_percent(value).strip()} above the other run, {_percent(low)} to {_percent(high)}")
+    return "\n".join([*lines, f"{scores['shots']} shots, {scores['episodes']} episodes, {scores['predictor']}"])
+
+
+def _percent(value: float | None) -> str:
+    return "    -" if value is None else f"{100 * value:5.1f}"
