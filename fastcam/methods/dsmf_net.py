@@ -1,8 +1,8 @@
 """DSMF-Net: few-shot segmentation of aerial images by graph prototypes and a prior, fused in a pyramid.
 
 X. Qi, Y. Zhang, L. Wang, Y. Wu, Y. Xin, Z. Chen, Y. Ge, "DSMF-Net: Dual Semantic Metric Learning Fusion Network for
-Few-Shot Aerial Image Semantic Segmentation", IEEE JSTARS 18, 2025 (IEEE document 10746596). No authors' code is public.
-The network builds on PFENet (Z. Tian et al., TPAMI 2020; github.com/dvlab-research/PFENet, MIT) and on GloRe (Y. Chen et
+Few-Shot Aerial Image Segmentation", IEEE JSTARS 18, 2025 (IEEE document 10746596). No authors' code is public. The
+network builds on PFENet (Z. Tian et al., TPAMI 2020; github.com/dvlab-research/PFENet, MIT) and on GloRe (Y. Chen et
 al., CVPR 2019; github.com/facebookresearch/GloRe).
 
 A frozen trunk sees a query and K images in which the class is marked. How much a place of the query looks like the
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,7 +226,7 @@ def pyramid_sizes(size: Sequence[int], scales: Sequence[float]) -> list[tuple[in
 
 def between(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Sizes between neighbouring levels, halves rounded up: ``(a + b + 1) // 2``."""
-    return [((a[0] + b[0] + 1) // 2, (a[1] + b[1] + 1) // 2) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return [((a[0] + b[0] + 1) // 2, (a[1] + b[1] + 1) // 2) for a, b in pairwise(sizes)]
 
 
 def _conv(channels: int, out: int, kernel: int = 1) -> list[nn.Module]:
@@ -481,7 +482,7 @@ class DSMFNet(nn.Module):
             ``(B, 2, h, w)``, and those of the intermediate losses.
         """
         _check_episode(query, support, masks)
-        shots, masks = support.flatten(0, 1), masks.flatten(0, 1)
+        shots, masks = _flat(support), masks.flatten(0, 1)
         with torch.no_grad():
             q = self.backbone(query)
         s = self.support_stages(shots, masks)
@@ -512,7 +513,7 @@ class DSMFNet(nn.Module):
         :meth:`predict`.
         """
         _check_episode(query, support, masks)
-        q, s = (_mid_level(self.backbone(x)).float() for x in (query, support.flatten(0, 1)))
+        q, s = (_mid_level(self.backbone(x)).float() for x in (query, _flat(support)))
         marked = support_weights(masks.flatten(0, 1), s.shape[2:])
         sides = [_over_shots(masked_average_pool(s, weight), len(query)) for weight in (1 - marked, marked)]
         scores = torch.cat([cosine_map(q, prototype) for prototype in sides], 1)
@@ -522,7 +523,7 @@ class DSMFNet(nn.Module):
     def prior_scores(self, query: Tensor, support: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
         """The prior alone against a constant background; arguments and result as of :meth:`predict`."""
         _check_episode(query, support, masks)
-        shots, marked = support.flatten(0, 1), masks.flatten(0, 1)
+        shots, marked = _flat(support), masks.flatten(0, 1)
         prior = self.prior(self.backbone(query)[3], self.support_stages(shots, marked)[3], marked)
         prior = resize(prior, query.shape[2:], align_corners=True)
         return torch.cat([torch.full_like(prior, threshold), prior], 1)
@@ -569,6 +570,11 @@ def _mid_level(stages: list[Tensor]) -> Tensor:
     return torch.cat([stages[2], resize(stages[1], stages[2].shape[2:], align_corners=True)], 1)
 
 
+def _flat(support: Tensor) -> Tensor:
+    """`(B, K, 3, H, W)` -> `(B K, 3, H, W)`, channels last: convolutions run faster."""
+    return support.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
 def _over_shots(x: Tensor, batch: int) -> Tensor:
     """Mean over the shots of ``(B K, ...)``."""
     return x.unflatten(0, (batch, -1)).mean(1)
@@ -604,7 +610,7 @@ def _check(config: Config) -> None:
             f"dsmf_net: channels, graph_nodes and shots are {config.channels}, {config.graph_nodes} and "
             f"{config.shots}, expected at least 1"
         )
-    falling = all(a > b for a, b in zip(config.scales, config.scales[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(config.scales))
     if not config.scales or not falling or not 0 < config.scales[-1] <= config.scales[0] <= 1:
         raise FastcamError(f"dsmf_net: scales are {config.scales}, expected falling numbers from 1 to above 0")
     if config.merge and len(config.scales) < 2:
