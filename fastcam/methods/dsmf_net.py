@@ -127,9 +127,10 @@ def cosine_map(features: Tensor, prototype: Tensor) -> Tensor:
         prototype: ``(B, D, 1, 1)``.
 
     Returns:
-        float32 ``(B, 1, h, w)``; 0, with no gradient, where a feature or the prototype is 0.
+        ``(B, 1, h, w)``, float32 also of 16-bit features; 0, with no gradient, where a feature or the prototype is 0.
     """
-    features, prototype = features.float(), prototype.float()
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    features, prototype = features.to(dtype), prototype.to(dtype)
     norm = features.norm(dim=1, keepdim=True) * prototype.norm(dim=1, keepdim=True)
     # Beside a zero the slope would be 1 / EPS; the product without a gradient takes it away.
     dot = (features * prototype).sum(1, keepdim=True).masked_fill(norm == 0, 0.0)
@@ -415,7 +416,8 @@ class DSMFNet(nn.Module):
         least = protocol.train_pixels if c.min_pixels is None else c.min_pixels
         of_class = members(class_areas(images), [number[name] for name in split.base], least, removed)
         check_members({images.classes[k]: own for k, own in of_class.items()}, c.shots)
-        return MaskEpisodes(images, of_class, c.shots, EpisodeTransform(crop, *self.normalize, flip=flip))
+        mean, std = self.normalize
+        return MaskEpisodes(images, of_class, c.shots, EpisodeTransform(crop, mean, std, flip))
 
     def train(self, mode: bool = True) -> DSMFNet:
         """Sets the mode of all but the backbone, which stays as it is in inference."""
@@ -496,8 +498,7 @@ class DSMFNet(nn.Module):
         ]
         if self.config.prior:
             maps.append(self.prior(q[3], s[3], masks))
-        none = features.new_zeros(len(query), 0, *grid)
-        joined = torch.cat([none, *(resize(one, grid, align_corners=True) for one in maps)], 1)
+        joined = torch.cat([resize(one, grid, align_corners=True) for one in maps], 1)
         return self.head(features, _over_shots(pooled, len(query)), joined)
 
     def predict(self, query: Tensor, support: Tensor, masks: Tensor) -> Tensor:
@@ -603,6 +604,8 @@ def _stage_end(backbone: Backbone, stage: int, name: str) -> str:
 def _check(config: Config) -> None:
     if config.maps not in ("graph", "convolution", "none"):
         raise FastcamError(f"dsmf_net: maps is {config.maps!r}, expected graph, convolution or none")
+    if config.maps == "none" and not config.prior:
+        raise FastcamError("dsmf_net: maps is none and prior false, but the network needs a map; set one of them")
     if config.maps != "none" and (not config.stages or any(stage not in (1, 2, 3, 4) for stage in config.stages)):
         raise FastcamError(f"dsmf_net: stages are {config.stages}, expected some of 1, 2, 3 and 4")
     if min(config.channels, config.graph_nodes, config.shots) < 1:

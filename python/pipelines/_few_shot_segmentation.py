@@ -140,23 +140,24 @@ def segment_episodes(
         "size": size,
         "classes": list(tested),
     }
+    given = None if episode_list is None else read_episodes(episode_list)
     if episode_list is None:
         record |= {"shots": shots, "episodes": count, "seed": seed}
     else:
-        chosen = read_episodes(episode_list)
         record["episode_list"] = file_fingerprint(episode_list)
-        shots = len(chosen[0].supports)
-    fresh = not (out / LIST).is_file()
-    if fresh and episode_list is None:
-        number = [dataset.classes.index(name) for name in tested]
-        own = members(class_areas(dataset), number, network.test_pixels())
-        by_name = {dataset.classes[c]: [dataset.ids[i] for i in images] for c, images in own.items()}
-        chosen = draw_episodes(by_name, shots, count, seed)
-    open_pass(out, record)
-    if fresh:
+    if not (out / LIST).is_file():
+        if given is None:
+            number = [dataset.classes.index(name) for name in tested]
+            own = members(class_areas(dataset), number, network.test_pixels())
+            by_name = {dataset.classes[c]: [dataset.ids[i] for i in images] for c, images in own.items()}
+            chosen = draw_episodes(by_name, shots, count, seed)
+        else:
+            chosen = given
+        _check_list(chosen, tested, set(dataset.ids))
+        open_pass(out, record)
         write_episodes(out / LIST, chosen)
+    open_pass(out, record)
     chosen = read_episodes(out / LIST)
-    _check_list(chosen, tested, set(dataset.ids))
     network.to(pick_device(device), memory_format=torch.channels_last)
     scores_of = {
         "network": network.predict,
@@ -193,7 +194,7 @@ def segment_episodes(
         "data": record["data"],
         "method": network.name,
         "predictor": record["predictor"],
-        "shots": shots,
+        "shots": len(chosen[0].supports),
         "episodes": len(chosen),
         "size": size,
         **summarize(*read_counts(out, chosen, tested), tested),

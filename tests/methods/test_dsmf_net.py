@@ -121,14 +121,10 @@ def test_cosine_of_a_zero_feature_has_no_gradient():
     assert not torch.autograd.grad(empty.sum(), x)[0].any()
 
 
-def test_cosine_and_minmax_gradients_agree_with_finite_differences(monkeypatch):
+def test_cosine_and_minmax_gradients_agree_with_finite_differences():
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 2, 3, generator=g).requires_grad_()
-    p = torch.randn(2, 3, 1, 1, generator=g).requires_grad_()
-    # The cosine is float32: a coarse step, on which rounding does not show.
-    assert torch.autograd.gradcheck(
-        lambda x, p: minmax_map(cosine_map(x, p)), (x, p), eps=1e-3, atol=2e-2, rtol=2e-2, nondet_tol=1e-5
-    )
+    x, p = (torch.randn(2, 3, *size, generator=g, dtype=torch.float64).requires_grad_() for size in ((2, 3), (1, 1)))
+    assert torch.autograd.gradcheck(lambda x, p: minmax_map(cosine_map(x, p)), (x, p))
 
 
 def test_minmax_by_hand_and_constant_map_is_zero():
@@ -311,7 +307,6 @@ def test_an_empty_support_mask_gives_finite_scores(name):
         {"maps": "none", "merge": False},
         {"stages": (2, 3, 4)},
         {"prior": False},
-        {"maps": "none", "prior": False},
     ],
 )
 def test_logits_have_the_size_of_the_query(config, size):
@@ -363,7 +358,7 @@ def test_a_batch_without_any_label_gives_zero_loss():
 
 @pytest.mark.parametrize("config", [{}, {"maps": "none", "merge": False}])
 def test_loss_falls_over_ten_steps(config):
-    method, data = tiny(lr=0.05, **STILL, **config), batch()
+    method, data = tiny(lr=0.1, **STILL, **config), batch()
     ((optimizer, scheduler),) = method.optimizers(10)
     losses = []
     for _ in range(10):
@@ -373,7 +368,7 @@ def test_loss_falls_over_ten_steps(config):
         optimizer.step()
         scheduler.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.93 * losses[0]
 
 
 def test_learning_rate_is_poly():
@@ -409,6 +404,7 @@ def test_saved_weights_load_into_the_same_network(tmp_path):
     ("config", "message"),
     [
         ({"maps": "graphs"}, "maps is 'graphs', expected graph, convolution or none"),
+        ({"maps": "none", "prior": False}, "the network needs a map"),
         ({"stages": [0, 1]}, r"stages are \(0, 1\), expected some of 1, 2, 3 and 4"),
         ({"scales": [0.5, 1.0]}, "expected falling numbers"),
         ({"scales": [1.0]}, "merge joins neighbouring scales, got a single one"),
@@ -469,9 +465,9 @@ def test_training_episodes_are_of_base_classes_and_the_query_is_no_support():
 def test_images_with_novel_classes_are_removed_where_the_protocol_says_so():
     episodes = tiny(novel_images="removed").training_episodes(Pictures(), 32)
     assert episodes.members == {0: [0, 1, 2]}
-    assert tiny(min_pixels=450).training_episodes(Pictures(), 32).members == {0: [2, 3]}
+    assert tiny(min_pixels=400).training_episodes(Pictures(), 32).members == {0: [2, 3]}
     with pytest.raises(FastcamError, match="class 'a' has 1 images with enough of its pixels, expected at least 2"):
-        tiny(min_pixels=550).training_episodes(Pictures(), 32)
+        tiny(min_pixels=450).training_episodes(Pictures(), 32)
 
 
 def test_the_same_seed_draws_the_same_episode():
@@ -480,7 +476,7 @@ def test_the_same_seed_draws_the_same_episode():
     first = episodes[1]
     torch.manual_seed(3)
     second = episodes[1]
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert all(torch.equal(first[name], second[name]) for name in ("image", "mask", "support", "support_mask"))
 
 
 def test_crops_keep_the_object():
