@@ -373,13 +373,13 @@ class DSMFNet(nn.Module):
         channels, C = self.backbone.channels, config.channels
         self.down_query = nn.Sequential(*_conv(channels[2] + channels[1], C), nn.Dropout2d(config.feature_dropout))
         self.down_supp = nn.Sequential(*_conv(channels[2] + channels[1], C), nn.Dropout2d(config.feature_dropout))
-        stages = () if config.maps == "none" else config.stages
-        self.reduce = nn.ModuleList(nn.Sequential(*_conv(channels[stage - 1], C)) for stage in stages)
+        self.stages = () if config.maps == "none" else config.stages
+        self.reduce = nn.ModuleList(nn.Sequential(*_conv(channels[stage - 1], C)) for stage in self.stages)
         graph = config.maps == "graph"
-        self.graph = nn.ModuleList(GloReUnit(C, config.graph_nodes) for _ in stages) if graph else None
+        self.graph = nn.ModuleList(GloReUnit(C, config.graph_nodes) for _ in self.stages) if graph else None
         self.head = PyramidHead(
             C,
-            len(stages) + config.prior,
+            len(self.stages) + config.prior,
             config.scales,
             config.merge,
             config.aux_hidden,
@@ -492,10 +492,7 @@ class DSMFNet(nn.Module):
         features = self.down_query(_mid_level(q))
         of_support = self.down_supp(_mid_level(s)).float()
         pooled = masked_average_pool(of_support, support_weights(masks, of_support.shape[2:]))
-        maps = [
-            self.metric_map(i, q[stage - 1], s[stage - 1], masks)
-            for i, stage in enumerate(self.config.stages[: len(self.reduce)])
-        ]
+        maps = [self.metric_map(i, q[stage - 1], s[stage - 1], masks) for i, stage in enumerate(self.stages)]
         if self.config.prior:
             maps.append(self.prior(q[3], s[3], masks))
         joined = torch.cat([resize(one, grid, align_corners=True) for one in maps], 1)

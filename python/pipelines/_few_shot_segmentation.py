@@ -112,7 +112,7 @@ def segment_episodes(
     shots: int,
     count: int,
     seed: int,
-    names: Sequence[str] | None,
+    names: Sequence[str],
     episode_list: Path | None,
     size: int,
     predictor: str,
@@ -128,7 +128,7 @@ def segment_episodes(
     network, known = load_trained(weights, "few-shot")
     dataset = open_data(data, known, masks=True, need_tags=False)
     split = network.split(dataset.classes)
-    tested = tuple(names) if names else split.novel
+    tested = tuple(names) or split.novel
     for name in tested:
         if name not in dataset.classes:
             raise FastcamError(f"class {name!r} is not a class of the data; known are {', '.join(dataset.classes)}")

@@ -20,7 +20,7 @@ def few_shot(
     queries: int | None = None,
     episodes: int = 1000,
     seed: int = 0,
-    classes: list[str] | None = None,
+    classes: tuple[str, ...] = (),
     episode_list: Path | None = None,
     size: int = 256,
     predictor: Literal["network", "prototype", "prior"] = "network",

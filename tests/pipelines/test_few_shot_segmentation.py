@@ -39,7 +39,7 @@ def weights(pictures, tmp_path_factory):
 
 
 def run(data, weights, out, **more):
-    return few_shot(pictures, weights, out, **{"episodes": 6, "size": 40, "workers": 0, **more})
+    return few_shot(data, weights, out, **{"episodes": 6, "size": 40, "workers": 0, **more})
 
 
 def test_training_sees_every_pair_of_an_image_and_a_base_class(pictures, weights):
