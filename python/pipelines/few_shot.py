@@ -106,7 +106,8 @@ def table(scores: dict[str, Any]) -> str:
     for name, value, (low, high) in zip(names, values, ranges, strict=True):
         lines.append(f"{name:<20} {_percent(value)}   {_percent(low)} to {_percent(high)}")
     for name, (value, low, high) in scores.get("difference", {}).items():
-        lines.append(f"{name} is {_percent(value).strip()} above the other run, {_percent(low)} to {_percent(high)}")
+        numbers = [_percent(number).strip() for number in (value, low, high)]
+        lines.append("{}: {} more than the other run, 95 % of draws {} to {}".format(name, *numbers))
     return "\n".join([*lines, f"{scores['shots']} shots, {scores['episodes']} episodes, {scores['predictor']}"])
 
 

@@ -100,7 +100,7 @@ def test_all_predictors_see_the_same_episodes_and_are_compared_pair_by_pair(pict
         difference, low, high = other["difference"]["mean_iou"]
         assert difference == pytest.approx(other["mean_iou"] - network["mean_iou"])
         assert low <= high
-        assert "above the other run" in table(other)
+        assert "more than the other run" in table(other)
     with pytest.raises(FastcamError, match="is of another episode; give runs on one episode list"):
         run(pictures, weights, tmp_path / "one", against=tmp_path / "network")
 
