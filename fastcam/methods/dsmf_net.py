@@ -56,6 +56,8 @@ class Config:
     Attributes:
         backbone: timm name, frozen whole. ``resnet50s`` is PFENet's ResNet-50 with a stem of three convolutions.
         output_stride: of its last two stages.
+        final_features: the last stage ends behind the trunk's final 1 x 1 convolution, where it has one (MobileNetV2);
+            its features are then not negative, as a ResNet's.
         stages: whose features the graph prototypes are made of, of 1 to 4.
         channels: of the reduced features, everywhere.
         graph_nodes: nodes of the graph unit; its states are twice as many.
@@ -81,6 +83,7 @@ class Config:
 
     backbone: str = "resnet50s"
     output_stride: int = 8
+    final_features: bool = True
     stages: tuple[int, ...] = (1, 2, 3)
     channels: int = 256
     graph_nodes: int = 64
@@ -366,7 +369,9 @@ class DSMFNet(nn.Module):
         _check(config)
         self.num_classes = num_classes
         self.config = config
-        self.backbone = create_backbone(config.backbone, output_stride=config.output_stride, weights=weights)
+        self.backbone = create_backbone(
+            config.backbone, output_stride=config.output_stride, weights=weights, head=config.final_features
+        )
         self.backbone.requires_grad_(False)
         self.normalize = self.backbone.normalize
         self._masked = _stage_end(self.backbone, 2, config.backbone)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcam.metrics.intervals import quantile_interval
+
 IGNORE_INDEX = 255
 
 
@@ -106,15 +108,6 @@ def bootstrap_sums(counts: Tensor, labels: Tensor, num_classes: int, draws: int 
     return sums
 
 
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The middle ``level`` of bootstrap values ``(draws,)``, without NaN; NaN if there is no other."""
-    values = values[~values.isnan()].double()
-    if not len(values):
-        return torch.nan, torch.nan
-    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def paired_difference(
     counts: Tensor, others: Tensor, labels: Tensor, num_classes: int, draws: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
@@ -136,5 +129,5 @@ def paired_difference(
     drawn = [few_shot_scores(bootstrap_sums(c, labels, num_classes, draws, seed)) for c in (counts, others)]
     for name in ("mean_iou", "fb_iou"):
         difference = float(getattr(plain[0], name) - getattr(plain[1], name))
-        result[name] = (difference, *interval(getattr(drawn[0], name) - getattr(drawn[1], name)))
+        result[name] = (difference, *quantile_interval(getattr(drawn[0], name) - getattr(drawn[1], name)))
     return result

@@ -1,4 +1,4 @@
-"""Scores of rankings: average precision as Oxford5k and Paris6k count it, recall at k, UKBench's N-S, intervals.
+"""Scores of rankings: average precision as Oxford5k and Paris6k count it, recall at k, UKBench's N-S.
 
 J. Philbin, O. Chum, M. Isard, J. Sivic, A. Zisserman, "Object retrieval with large vocabularies and fast spatial
 matching", CVPR 2007 (good, ok, junk). H. Jegou, M. Douze, C. Schmid, "Hamming embedding and weak geometric consistency
@@ -9,11 +9,6 @@ tree", CVPR 2006 (N-S).
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-CHUNK = 2**22  # numbers that the bootstrap draws at a time
 
 
 def ranking_average_precision(
@@ -101,53 +96,3 @@ def ukbench_hits(rankings: Mapping[str, Sequence[str]], groups: Mapping[str, Has
     if unknown:
         raise ValueError(f"ukbench_hits: expected a group for every image, got none for {unknown[0]!r}")
     return {query: sum(groups[image] == groups[query] for image in ranked[:4]) for query, ranked in rankings.items()}
-
-
-def bootstrap_interval(
-    values: Sequence[float] | Tensor,
-    groups: Sequence[Hashable] | None = None,
-    *,
-    level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Interval of a mean, from the percentiles of means over values drawn with replacement.
-
-    Queries for one object or of one class rise and fall together; drawn one by one they would promise more than they
-    hold. With ``groups`` whole groups are drawn. Differences of two methods on the same queries make a paired interval.
-
-    Args:
-        values: of the queries, ``(n,)``.
-        groups: of the queries; ``None`` draws them one by one.
-        level: part of the draws inside the interval.
-        draws: their number.
-        seed: of the draws.
-
-    Returns:
-        Lower and upper end; both are the mean where there is one value or group.
-
-    Raises:
-        ValueError: no values, another number of groups, NaN, or a level outside (0, 1).
-    """
-    x = torch.as_tensor(values, dtype=torch.float64)
-    names = list(range(len(x))) if groups is None else list(groups)
-    if x.ndim != 1 or len(x) == 0 or len(names) != len(x):
-        raise ValueError(
-            f"bootstrap_interval: expected values (n,) and n groups, got {tuple(x.shape)} and {len(names)} groups"
-        )
-    if bool(x.isnan().any()) or not 0 < level < 1 or draws < 1:
-        raise ValueError(
-            f"bootstrap_interval: expected finite values, level in (0, 1) and draws >= 1, got level {level}, {draws} "
-            f"draws and {int(x.isnan().sum())} NaN"
-        )
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    index = torch.tensor([number[name] for name in names])
-    sums = torch.zeros(len(number), dtype=torch.float64).index_add_(0, index, x)
-    counts = index.bincount(minlength=len(number)).double()
-    generator, size = torch.Generator().manual_seed(seed), max(1, CHUNK // len(number))
-    means = torch.empty(draws, dtype=torch.float64)
-    for part in means.split(size):
-        drawn = torch.randint(len(number), (len(part), len(number)), generator=generator)
-        part.copy_(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high

@@ -26,7 +26,14 @@ from fastcam.data.few_shot import (
 )
 from fastcam.errors import FastcamError
 from fastcam.io import atomic_write, open_pass, write_label_png
-from fastcam.metrics import bootstrap_sums, class_sums, episode_counts, few_shot_scores, interval, paired_difference
+from fastcam.metrics import (
+    bootstrap_sums,
+    class_sums,
+    episode_counts,
+    few_shot_scores,
+    paired_difference,
+    quantile_interval,
+)
 from fastcam.nn.losses import resize
 from fastcam.pipelines._data import Data, Images, file_fingerprint, load_trained, open_data
 from fastcam.pipelines._parallel import ordered_map, run_pass
@@ -234,9 +241,9 @@ def summarize(counts: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str,
         "mean_iou": _number(float(plain.mean_iou)),
         "fb_iou": _number(float(plain.fb_iou)),
         "intervals": {
-            "iou": {name: _numbers(interval(drawn.iou[:, k])) for k, name in enumerate(names)},
-            "mean_iou": _numbers(interval(drawn.mean_iou)),
-            "fb_iou": _numbers(interval(drawn.fb_iou)),
+            "iou": {name: _numbers(quantile_interval(drawn.iou[:, k])) for k, name in enumerate(names)},
+            "mean_iou": _numbers(quantile_interval(drawn.mean_iou)),
+            "fb_iou": _numbers(quantile_interval(drawn.fb_iou)),
         },
     }
 

@@ -234,6 +234,14 @@ def test_last_support_stage_sees_marked_places_alone():
     torch.testing.assert_close(method.support_stages(images, masks)[3], by_hand)
 
 
+@pytest.mark.parametrize(("final", "channels"), [(True, 1280), (False, 320)])
+def test_last_stage_of_mobilenet_ends_behind_its_final_convolution_or_before(final, channels):
+    method = tiny(backbone="mobilenetv2_100", final_features=final).eval()
+    last = method.support_stages(torch.randn(1, 3, 32, 32), torch.ones(1, 32, 32))[3]
+    assert last.shape == (1, channels, 4, 4)
+    assert bool((last >= 0).all()) == final
+
+
 def test_no_gradient_reaches_the_backbone_and_every_other_weight_has_one():
     method = tiny(**STILL)
     for unit in method.graph:  # at zero, as it begins, it holds back what lies before it

@@ -10,8 +10,8 @@ from fastcam.metrics import (
     class_sums,
     episode_counts,
     few_shot_scores,
-    interval,
     paired_difference,
+    quantile_interval,
 )
 
 
@@ -72,8 +72,8 @@ def test_bootstrap_keeps_the_number_of_episodes_of_a_class_and_its_mean():
 
 def test_interval_holds_the_middle_and_leaves_nan_out():
     values = torch.cat([torch.arange(1001.0), torch.tensor([torch.nan])])
-    assert interval(values) == pytest.approx((25.0, 975.0))
-    assert all(math.isnan(value) for value in interval(torch.full((3,), torch.nan)))
+    assert quantile_interval(values) == pytest.approx((25.0, 975.0))
+    assert all(math.isnan(value) for value in quantile_interval(torch.full((3,), torch.nan)))
 
 
 def test_difference_of_a_method_that_is_always_better_by_as_much_has_no_width():
