@@ -181,6 +181,14 @@ def training_transform(trainer: TrainerConfig, normalize: tuple[Sequence[float],
     )
 
 
+def method_transform(trainer: TrainerConfig, network: Any) -> Transform:
+    """The transform of training items for a method: its own, if it trains on views of its own, else the trainer's."""
+    if not hasattr(network, "train_transform"):
+        return training_transform(trainer, network.normalize)
+    mean, std = network.normalize
+    return network.train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)
+
+
 def load_image(dataset: Images, image_id: str, size: Sequence[int]) -> Tensor:
     """The image uint8 `(3, H, W)` of an id.
 
