@@ -1,4 +1,5 @@
 """Scores of label maps, CAMs, objects, tags, rankings and few-shot episodes."""
+"""Scores of label maps, volumes, CAMs, objects, tags and rankings."""
 
 from fastcam.metrics.few_shot import (
     FewShotScores,
@@ -28,11 +29,13 @@ from fastcam.metrics.segmentation import (
     mean_iou,
     tag_average_precision,
 )
+from fastcam.metrics.volumes import VolumeScores, dice, hausdorff_95
 
 __all__ = [
     "ConfusionMatrix",
     "FewShotScores",
     "InstanceScores",
+    "VolumeScores",
     "average_precision",
     "bootstrap_interval",
     "bootstrap_sums",
@@ -42,6 +45,9 @@ __all__ = [
     "few_shot_scores",
     "fp_fn",
     "interval",
+    "dice",
+    "fp_fn",
+    "hausdorff_95",
     "iou",
     "mask_boxes",
     "mask_iou",
