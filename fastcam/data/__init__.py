@@ -33,6 +33,7 @@ from fastcam.data.transforms import (
     segment_transform,
     train_transform,
     twin_transform,
+    turn_transform,
     two_view_transform,
 )
 from fastcam.data.voc import VOCDataset
@@ -75,6 +76,7 @@ __all__ = [
     "tags_from_xml",
     "train_transform",
     "twin_transform",
+    "turn_transform",
     "two_view_transform",
     "ukbench_labels",
     "write_acdc",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,6 +210,7 @@ def predict_masks(
     crf: Crf | None,
     device: str,
     workers: int,
+    change: Mapping[str, Any] | None = None,
 ) -> PassResult:
     """Writes the masks of a trained segmenter; see `segment`."""
     if not scales or min(scales) <= 0:
@@ -219,7 +220,8 @@ def predict_masks(
     record = {"pass": "predict", "weights": file_fingerprint(weights), "scales": scales, "flip": flip}
     record |= {"fuse": fuse, "window": window, "known_tags": known_tags}
     record["crf"] = crf and crf.resolved()
-    network, classes = load_trained(weights, "segmenter")
+    record |= {"change": change} if change else {}
+    network, classes = load_trained(weights, "segmenter", change or {})
     dataset = open_data(data, classes, need_tags=known_tags)
     if known_tags and not dataset.tags_known:
         raise FastcamError(f"known_tags needs tags, and the images in {data.images} have none; give data.tags")
@@ -263,6 +265,7 @@ def segment(
     window: int = 0,
     known_tags: bool = False,
     crf: Crf | None = None,
+    change: dict[str, Any] | None = None,
     device: str = "auto",
     workers: int = 2,
 ) -> Path | PassResult:
@@ -278,7 +281,7 @@ def segment(
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
         unlabelled: images without labels, for methods that learn from such (cotraining).
-        method: name (deeplab or ocr), and where wanted backbone, weights and any field of the method's configuration.
+        method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's configuration.
         trainer: epochs, batches, precision, devices of a training.
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose results are averaged, for predict.
@@ -287,13 +290,15 @@ def segment(
         window: side of windows that larger images are cut into, a third overlapping; 0 for whole images, for predict.
         known_tags: keep masks to the classes among the image's tags, as CAMs are, for predict.
         crf: CRF on the probabilities, for predict; crf.preset deeplab is usual.
+        change: fields of the method's configuration that differ from the training, for predict, as in
+            --change.vote hard.
         device: auto, cpu or cuda, for predict.
         workers: threads that read images and write masks, for predict.
     """
     if (labels is None) == (predict is None):
         raise FastcamError("expected either labels (to train) or predict (weights, to write masks); give one of them")
     if predict is not None:
-        return predict_masks(data, predict, out, scales, flip, fuse, window, known_tags, crf, device, workers)
+        return predict_masks(data, predict, out, scales, flip, fuse, window, known_tags, crf, device, workers, change)
     if method is None or "name" not in method:
         raise FastcamError("method.name is missing; give the name of a segmenter, such as deeplab")
     assert labels is not None
