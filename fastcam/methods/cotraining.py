@@ -356,7 +356,7 @@ class CoTraining(nn.Module):
         _check(config, num_classes)
         if weights is not None and config.backbone in ("enet", "unet"):
             raise FastcamError(
-                f"cotraining: weights are for a timm backbone, not for {config.backbone}; leave them out"
+                f"cotraining: {config.backbone} takes no weights; leave them out, or name a timm backbone"
             )
         self.num_classes = num_classes
         self.config = config
