@@ -260,9 +260,7 @@ class RandomShrink(v2.Transform):
         """Draws size and place."""
         sides = v2.query_size(flat_inputs)
         height, width = _scaled(*sides, self.low + (self.high - self.low) * float(torch.rand(())))
-        top, left = (
-            int(torch.randint(whole - part + 1, ())) for whole, part in zip(sides, (height, width), strict=True)
-        )
+        top, left = (int(torch.randint(gap + 1, ())) for gap in (sides[0] - height, sides[1] - width))
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

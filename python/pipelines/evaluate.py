@@ -58,10 +58,10 @@ def evaluate(
         class (rule "skip"; null without pixels); "confusion", rows true; for CAMs "threshold" (null: their own
         background) and "sweep" {"thresholds", "mean_iou", "best_threshold", "best_mean_iou"}; for labels "ignored",
         the fraction of predicted 255. Of objects "thresholds" of the overlap, "mean_ap" at each, "ap" by class at each
-        (null without true objects), "best_overlap" by class and "mean_best_overlap", "objects": their number by class. Of
-        volumes "volumes" {"count", and by class, background aside: "dice", "slice_dice" (mean over slices; 1 for a
-        class that is neither true nor predicted), "hd95" over the volumes where the class is true and predicted,
-        "missed", the number where only one of both; their means; "of": all by volume}.
+        (null without true objects), "best_overlap" by class and "mean_best_overlap", "objects": their number by class.
+        Of volumes "volumes" {"count"; by class, background aside, "dice", "slice_dice" (mean over slices; both 1 for a
+        class that is neither true nor predicted), "hd95" over the volumes where the class is true and predicted, and
+        "missed", the number where it is only one of both; "mean_dice", ...; "of": the scores of each volume}.
 
     Raises:
         FastcamError: no masks, no or missing predictions, or a mask of another size than its prediction.

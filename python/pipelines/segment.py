@@ -281,7 +281,8 @@ def segment(
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
         unlabelled: images without labels, for methods that learn from such (cotraining).
-        method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's configuration.
+        method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's
+            configuration.
         trainer: epochs, batches, precision, devices of a training.
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose results are averaged, for predict.
