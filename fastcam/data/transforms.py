@@ -258,9 +258,9 @@ class RandomShrink(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draws size and place."""
-        sides = v2.query_size(flat_inputs)
-        height, width = _scaled(*sides, self.low + (self.high - self.low) * float(torch.rand(())))
-        top, left = (int(torch.randint(gap + 1, ())) for gap in (sides[0] - height, sides[1] - width))
+        whole = v2.query_size(flat_inputs)
+        height, width = _scaled(whole[0], whole[1], self.low + (self.high - self.low) * float(torch.rand(())))
+        top, left = (int(torch.randint(gap + 1, ())) for gap in (whole[0] - height, whole[1] - width))
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

@@ -317,6 +317,8 @@ class Trunk(nn.Module):
     """DeepLabv3+ on a timm network as one of the networks: takes one or three channels of 0 to 1."""
 
     stride = 1
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: str, num_classes: int, width: int, weights: str | Path | None) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
         body = self.body(x)
         if self.kind == "up":
             assert places is not None
-            return F.relu(F.max_unpool2d(self.short(x), places, 2) + body), None
+            return F.relu(F.max_unpool2d(self.short(x), places, (2, 2)) + body), None
         if self.kind == "down":
             x, places = F.max_pool2d(x, 2, return_indices=True)
             x = F.pad(x, (0, 0, 0, 0, 0, body.shape[1] - x.shape[1]))

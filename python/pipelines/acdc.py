@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastcam.data.acdc import write_acdc
 from fastcam.io import open_pass
@@ -34,7 +35,8 @@ def acdc(
     Returns:
         out.
     """
-    shares = {"labelled": list(labelled), "held_out": held_out, "seed": seed, "crop": crop, "size": size}
+    shares: dict[str, Any] = {"labelled": list(labelled), "held_out": held_out, "seed": seed}
+    shares |= {"crop": crop, "size": size}
     open_pass(out, {"pass": "acdc", "source": source, **shares})
     write_acdc(source, out, **shares)
     return out

@@ -193,7 +193,9 @@ def train_segmenter(
     dataset: Any = Labelled(images, labels, transform, data.void)
     subsets = network.labelled_subsets(images.ids, trainer.seed) if hasattr(network, "labelled_subsets") else None
     if subsets is not None or unlabelled is not None:
-        others = unlabelled and open_data(unlabelled, images.classes, need_tags=False, transform=transform)
+        others = None
+        if unlabelled is not None:
+            others = open_data(unlabelled, images.classes, need_tags=False, transform=transform)
         dataset = Drawn(dataset, others, subsets)
     return fit(network, dataset, images.classes, trainer, out, record)
 
@@ -255,9 +257,9 @@ def segment(
     data: Data,
     out: Path,
     labels: Path | None = None,
-    unlabelled: Data | None = None,
     method: dict[str, Any] | None = None,
     trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
+    unlabelled: Data | None = None,
     predict: Path | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = True,
@@ -280,10 +282,10 @@ def segment(
         data: the images.
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
-        unlabelled: images without labels, for methods that learn from such (cotraining).
         method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's
             configuration.
         trainer: epochs, batches, precision, devices of a training.
+        unlabelled: images without labels, for methods that learn from such (cotraining).
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose results are averaged, for predict.
         flip: average over mirror images too, for predict.
