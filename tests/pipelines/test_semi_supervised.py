@@ -17,6 +17,7 @@ from fastcam.pipelines import _fit
 from fastcam.pipelines._data import Data, open_data
 from fastcam.pipelines._fit import Seeded
 from fastcam.pipelines.acdc import acdc
+from fastcam.pipelines.cli import main
 from fastcam.pipelines.evaluate import evaluate, table
 from fastcam.pipelines.segment import Drawn, Labelled, segment
 
@@ -219,6 +220,19 @@ class TestACDC:
             "mean              100.0     100.0    0.00       0",
             "over 2 volumes",
         ]
+
+    def test_command_line_takes_a_second_data_section_and_changes(self, acdc_root, tmp_path, capsys):
+        common = ["segment", "--data.root", str(acdc_root)]
+        train = ["--config", "cotraining_acdc_small", "--data.split", "labelled_25", "--trainer.epochs", "1"]
+        train += ["--labels", str(acdc_root / "SegmentationClass"), "--trainer.steps_per_epoch", "1"]
+        train += ["--unlabelled.root", str(acdc_root), "--unlabelled.split", "unlabelled_25"]
+        assert main([*common, *train, "--out", str(tmp_path / "train")]) == 0
+        weights = tmp_path / "train" / "weights.safetensors"
+        assert capsys.readouterr().out == f"{weights}\n"
+        predict = ["--data.split", "test", "--predict", str(weights), "--change.vote", "1"]
+        assert main([*common, *predict, "--out", str(tmp_path / "masks")]) == 0
+        assert len(list((tmp_path / "masks").glob("*.png"))) == 4
+        assert json.loads((tmp_path / "masks" / "pass.json").read_text())["config"]["change"] == {"vote": 1}
 
     def test_volumes_by_hand(self, acdc_root, tmp_path):
         """The truth with one class wiped out in one volume: Dice 0 there, and no surface to measure from."""
