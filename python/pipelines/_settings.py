@@ -14,8 +14,8 @@ class TrainerConfig:
     """How and on what machine a network is trained; the learning rates are the method's.
 
     Args:
-        epochs: passes over the images, or
-        steps_per_epoch: counts of so many steps; null for as many as the images fill batches.
+        epochs: passes over the images.
+        steps_per_epoch: steps that count as an epoch, whatever the number of images; null for a pass.
         batch_size: images a step, over all devices together.
         crop: side of the square training crops, in pixels.
         resize_long: smallest and largest length that the longer side of an image is brought to before cropping.

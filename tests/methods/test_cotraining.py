@@ -471,6 +471,16 @@ def test_ten_steps_of_falling_loss(config):
     assert (scalars["jsd"] > 1e-7) == (method.config.networks > 1)
 
 
+def test_resistance_alone_leaves_agreement_out():
+    method = tiny(cot_max=0.0, adv_begin=-1, adv_end=0)
+    scalars = method.training_step(batch())
+    assert scalars["jsd"] == 0
+    assert scalars["diversity"] > 0
+    torch.testing.assert_close(scalars["loss"], scalars["supervised"] + 0.05 * scalars["adversarial"])
+    scalars["adversarial"].backward()
+    assert all(any(p.grad.abs().sum() > 0 for p in network.parameters()) for network in method.networks)
+
+
 def test_one_labelled_image_for_all_networks_and_masks_without_any_label():
     method = tiny(cot_begin=-1, cot_end=0, adv_begin=-1, adv_end=0)
     given = batch(1, size=32)
