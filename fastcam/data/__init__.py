@@ -1,5 +1,6 @@
 """Data sets by their layout on disk, joint transforms, and the procedural data set of the demo."""
 
+from fastcam.data.acdc import ACDC_CLASSES, Scan, read_acdc, write_acdc
 from fastcam.data.class_episodes import ClassEpisodes, class_members, draw_episode, fixed_episodes
 from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
@@ -31,12 +32,14 @@ from fastcam.data.transforms import (
     multi_scale,
     segment_transform,
     train_transform,
+    turn_transform,
     twin_transform,
     two_view_transform,
 )
 from fastcam.data.voc import VOCDataset
 
 __all__ = [
+    "ACDC_CLASSES",
     "COCO_CLASSES",
     "PROCEDURAL_CLASSES",
     "VOC_CLASSES",
@@ -47,6 +50,7 @@ __all__ = [
     "LabelledDataset",
     "Query",
     "RandAugment",
+    "Scan",
     "VOCDataset",
     "center_transform",
     "class_members",
@@ -61,6 +65,7 @@ __all__ = [
     "multi_scale",
     "open_archive",
     "open_list",
+    "read_acdc",
     "read_cls_labels",
     "read_labels",
     "read_landmarks",
@@ -71,7 +76,9 @@ __all__ = [
     "tags_from_xml",
     "train_transform",
     "twin_transform",
+    "turn_transform",
     "two_view_transform",
     "ukbench_labels",
+    "write_acdc",
     "write_procedural",
 ]

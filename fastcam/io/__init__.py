@@ -6,6 +6,7 @@ from fastcam.io.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size, read_image
 from fastcam.io.instances import Instances, load_instances, save_instances
 from fastcam.io.irn import load_irn_npy, save_irn_npy
 from fastcam.io.labels import encode_label_png, read_label_png, voc_palette, write_label_png
+from fastcam.io.nifti import Volume, read_nifti
 from fastcam.io.passes import finished_ids, open_pass, read_pass
 from fastcam.io.saliency import find_saliency, read_saliency
 from fastcam.io.weights import load_weights, save_weights
@@ -15,6 +16,7 @@ __all__ = [
     "MAX_PIXELS",
     "CamSet",
     "Instances",
+    "Volume",
     "atomic_write",
     "encode_cams",
     "encode_label_png",
@@ -28,6 +30,7 @@ __all__ = [
     "open_pass",
     "read_image",
     "read_label_png",
+    "read_nifti",
     "read_pass",
     "read_saliency",
     "save_cams",

@@ -16,6 +16,7 @@ from fastcam.errors import FastcamError
 METHODS = {
     "amdim": ("fastcam.methods.amdim", "AMDIM"),
     "cam": ("fastcam.methods.cam", "CAM"),
+    "cotraining": ("fastcam.methods.cotraining", "CoTraining"),
     "cti": ("fastcam.methods.cti", "CTI"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "drs": ("fastcam.methods.drs", "DRS"),
@@ -89,14 +90,23 @@ def create_method(
     return cls(num_classes, module.Config(**fields), weights=weights)
 
 
-def load_method(path: str | Path) -> nn.Module:
-    """Builds a trained method again from a file that :func:`fastcam.io.save_weights` wrote."""
+def load_method(path: str | Path, **changes: Any) -> nn.Module:
+    """Builds a trained method again from a file that :func:`fastcam.io.save_weights` wrote.
+
+    Args:
+        path: the file.
+        changes: fields of the configuration that take another value than in the training, such as how networks vote.
+
+    Raises:
+        FastcamError: the file is missing, damaged or of something else, or as :func:`create_method`.
+    """
     from fastcam.io import load_weights
 
     state, saved = load_weights(path)
     if "method" not in saved:
         raise FastcamError(f"weights '{path}': hold no method; expected a file that `fastcam train` wrote")
     config = {key: value for key, value in saved["config"].items() if key != "backbone"}
+    config |= changes
     method: Any = create_method(saved["method"], num_classes=saved["num_classes"], backbone=saved["backbone"], **config)
     expected = {key: value.shape for key, value in method.export_state_dict().items()}
     wrong = sorted(

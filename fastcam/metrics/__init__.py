@@ -1,4 +1,4 @@
-"""Scores of label maps, CAMs, objects, tags, rankings and few-shot episodes."""
+"""Scores of label maps, CAMs, objects, tags, volumes, rankings and few-shot episodes."""
 
 from fastcam.metrics.few_shot import (
     FewShotScores,
@@ -27,19 +27,24 @@ from fastcam.metrics.segmentation import (
     mean_iou,
     tag_average_precision,
 )
+from fastcam.metrics.volumes import VolumeScores, dice, hausdorff_95
 
 __all__ = [
     "ConfusionMatrix",
     "FewShotScores",
     "InstanceScores",
+    "VolumeScores",
     "average_precision",
     "bootstrap_interval",
     "bootstrap_sums",
     "cam_threshold_sweep",
     "class_sums",
+    "dice",
     "episode_counts",
     "few_shot_scores",
     "fp_fn",
+    "hausdorff_95",
+    "interval",
     "iou",
     "mask_boxes",
     "mask_iou",

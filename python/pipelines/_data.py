@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -181,6 +181,14 @@ def training_transform(trainer: TrainerConfig, normalize: tuple[Sequence[float],
     )
 
 
+def method_transform(trainer: TrainerConfig, network: Any) -> Transform:
+    """The transform of training items for a method: its own, if it trains on views of its own, else the trainer's."""
+    if not hasattr(network, "train_transform"):
+        return training_transform(trainer, network.normalize)
+    mean, std = network.normalize
+    return network.train_transform(trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std)
+
+
 def load_image(dataset: Images, image_id: str, size: Sequence[int]) -> Tensor:
     """The image uint8 `(3, H, W)` of an id.
 
@@ -231,6 +239,13 @@ def folder_classes(folder: Path) -> list[str] | None:
 
 def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
     """A trained method of a kind ("cam", "segmenter", "few-shot", "refiner", "regions") and the names of its classes.
+def load_trained(path: Path, kind: str, change: Mapping[str, Any] | None = None) -> tuple[Any, list[str]]:
+    """A trained method of a kind ("cam", "segmenter", "refiner", "regions") and the names of its classes.
+
+    Args:
+        path: its weights.
+        kind: what it must be.
+        change: fields of its configuration that take another value than in the training.
 
     Raises:
         FastcamError: the weights are missing, damaged, of another kind, or not written by train, segment or refine.
@@ -243,7 +258,7 @@ def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
         raise FastcamError(
             f"weights {path} say nothing of their method; expected the {maker} pass's weights.safetensors"
         )
-    method = load_method(path)
+    method = load_method(path, **(change or {}))
     if method.kind != kind:
         raise FastcamError(
             f"weights {path} are of a {method.kind} ({method.name}), expected a {kind}; give other weights"

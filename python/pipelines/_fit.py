@@ -46,10 +46,11 @@ def _seed_all(seed: int) -> None:
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """The batches of all epochs as lists of (epoch, index), from a step on, for one of several processes.
+    """The batches of all epochs as lists of (pass, index), from a step on, for one of several processes.
 
-    Every epoch is a new permutation; the images left over at its end sit it out. With groups, only the first of every
-    `groups.size` images of a batch comes from it, and brings its partners in the place of the others.
+    Every pass is a new permutation; the images left over at its end sit it out. An epoch is a pass, unless
+    `steps_per_epoch` counts otherwise. With groups, only the first of every `groups.size` images of a batch comes from
+    the permutation, and brings its partners in the place of the others.
 
     Args:
         images: number of images.
@@ -60,6 +61,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         rank: the process that asks.
         world: number of processes.
         groups: partners of an image; `batch_size / world` is a multiple of its size.
+        steps_per_epoch: what epochs count, or `None` for passes.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         groups: GroupSampler | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         self.images = images
         self.batch_size = batch_size
@@ -80,7 +83,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world = world
         self.groups = groups
-        self.per_epoch = images // batch_size
+        self.per_pass = images // batch_size
+        self.per_epoch = steps_per_epoch or self.per_pass
         self.total = self.per_epoch * epochs
 
     def __len__(self) -> int:
@@ -89,23 +93,23 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order: list[int] = []
         for step in range(self.start, self.total):
-            epoch, batch = divmod(step, self.per_epoch)
+            turn, batch = divmod(step, self.per_pass)
             if not order or batch == 0:
-                generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, epoch))
+                generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, turn))
                 order = torch.randperm(self.images, generator=generator).tolist()
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             if self.groups is not None:
-                generator = torch.Generator().manual_seed(_mix(self.seed, _GROUP, epoch, batch))
+                generator = torch.Generator().manual_seed(_mix(self.seed, _GROUP, turn, batch))
                 firsts = chosen[:: self.groups.size]
                 chosen = [index for first in firsts for index in self.groups(first, generator)]
             share = self.batch_size // self.world
-            yield [(epoch, index) for index in chosen[self.rank * share : (self.rank + 1) * share]]
+            yield [(turn, index) for index in chosen[self.rank * share : (self.rank + 1) * share]]
 
 
 class Seeded(Dataset[Any]):
-    """Items by (epoch, index) whose random draws depend on the seed and these two alone.
+    """Items by (pass, index) whose random draws depend on the seed and these two alone.
 
-    The epoch comes with every index, so that worker processes may run ahead into the next one.
+    The pass comes with every index, so that worker processes may run ahead into the next one.
 
     Args:
         dataset: items by index; its transforms draw from torch's global generator, which is put back afterwards.
@@ -355,7 +359,11 @@ def fit(
             f"trainer.batch_size is {config.batch_size}, expected a multiple of {groups.size} images a group for each "
             f"of {config.devices} devices"
         )
-    batches = Batches(images, config.batch_size, config.epochs, config.seed, groups=groups)
+    if config.steps_per_epoch is not None and config.steps_per_epoch < 1:
+        raise FastcamError(f"trainer.steps_per_epoch is {config.steps_per_epoch}, expected at least 1, or null")
+    batches = Batches(
+        images, config.batch_size, config.epochs, config.seed, groups=groups, steps_per_epoch=config.steps_per_epoch
+    )
     module = StepModule(method, config, batches.total)
     if not module.automatic_optimization and config.precision == "16-mixed":
         raise FastcamError(
@@ -417,9 +425,10 @@ def _loader(
 ) -> DataLoader[Any]:
     config, rank, world = module.settings, trainer.global_rank, trainer.world_size
     images = len(dataset)  # type: ignore[arg-type]
+    settings = images, config.batch_size, config.epochs, config.seed
     return DataLoader(
         Seeded(dataset, config.seed),
-        batch_sampler=Batches(images, config.batch_size, config.epochs, config.seed, module.step, rank, world, groups),
+        batch_sampler=Batches(*settings, module.step, rank, world, groups, config.steps_per_epoch),
         num_workers=config.workers,
         pin_memory=module.device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from the random state of the steps

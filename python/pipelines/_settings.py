@@ -15,6 +15,7 @@ class TrainerConfig:
 
     Args:
         epochs: passes over the images.
+        steps_per_epoch: steps that count as an epoch, whatever the number of images; null for a pass.
         batch_size: images a step, over all devices together.
         crop: side of the square training crops, in pixels.
         resize_long: smallest and largest length that the longer side of an image is brought to before cropping.
@@ -32,6 +33,7 @@ class TrainerConfig:
     """
 
     epochs: int = 6
+    steps_per_epoch: int | None = None
     batch_size: int = 16
     crop: int = 512
     resize_long: tuple[int, int] = (320, 640)
@@ -51,4 +53,5 @@ class TrainerConfig:
 def trainer_record(config: TrainerConfig) -> dict[str, Any]:
     """The settings that the trained weights depend on; the others may change between two runs of one training."""
     free = {"accelerator", "devices", "strategy", "workers", "checkpoint_every", "log_every"}
+    free |= {"steps_per_epoch"} if config.steps_per_epoch is None else set()  # records from before it stay valid
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in free}

@@ -21,6 +21,7 @@ from typing import Any
 from fastcam.errors import FastcamError
 
 COMMANDS = {  # command: (module and function of the pass, what it does)
+    "acdc": ("acdc", "slices of ACDC's heart scans in VOC's layout, with lists of labelled patients"),
     "demo": ("demo", "all of it on a small procedural data set, without downloads; ends in an HTML report"),
     "train": ("train", "train a method on image-level tags"),
     "make-cam": ("make_cam", "multi-scale class activation maps of every image"),

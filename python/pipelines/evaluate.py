@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastcam.errors import FastcamError
 from fastcam.io import Instances, atomic_write, finished_ids, load_cams, load_instances, read_label_png
-from fastcam.metrics import ConfusionMatrix, InstanceScores, cam_threshold_sweep, iou, mean_iou
+from fastcam.metrics import ConfusionMatrix, InstanceScores, VolumeScores, cam_threshold_sweep, iou, mean_iou
 from fastcam.pipelines._data import Data, folder_classes, load_mask, open_data
 from fastcam.pipelines._parallel import ordered_map
 from fastcam.pipelines.label import to_labels
@@ -30,6 +31,7 @@ def evaluate(
     threshold: float | None = None,
     ignored: Literal["background", "skip"] = "background",
     objects: Path = Path("SegmentationObject"),
+    volumes: Path | None = None,
     workers: int = 2,
 ) -> dict[str, Any]:
     """Scores label PNGs, CAMs or objects against the masks of a data set, and writes scores.json.
@@ -45,6 +47,8 @@ def evaluate(
         out: folder for scores.json; the folder of the predictions if it is not given.
         threshold: constant score of the background, for CAMs.
         ignored: what a predicted 255 counts as: background (IRN), or nothing (AFA; flatters labels that ignore much).
+        volumes: CSV (image, volume, slice, spacing_z, spacing_y, spacing_x) that says which images are slices of a
+            volume: labels are scored by Dice and HD95 of volumes too. The acdc command writes volumes.csv.
         objects: folder of PNGs that number the true objects, below data.root or absolute, for predicted objects.
         workers: images that are read at the same time.
 
@@ -55,6 +59,9 @@ def evaluate(
         background) and "sweep" {"thresholds", "mean_iou", "best_threshold", "best_mean_iou"}; for labels "ignored",
         the fraction of predicted 255. Of objects "thresholds" of the overlap, "mean_ap" at each, "ap" by class at each
         (null without true objects), "best_overlap" by class and "mean_best_overlap", "objects": their number by class.
+        Of volumes "volumes" {"count"; by class, background aside, "dice", "slice_dice" (mean over slices; both 1 for a
+        class that is neither true nor predicted), "hd95" over the volumes where the class is true and predicted, and
+        "missed", the number where it is only one of both; "mean_dice", ...; "of": the scores of each volume}.
 
     Raises:
         FastcamError: no masks, no or missing predictions, or a mask of another size than its prediction.
@@ -72,6 +79,8 @@ def evaluate(
         scores = {**where, "images": len(dataset.ids), **_score_instances(dataset, predictions, root, workers)}
         return _written(out or predictions, scores)
     names = ["background", *dataset.classes]
+    if volumes is not None and suffix != ".png":
+        raise FastcamError(f"volumes {volumes} are for labels, and {predictions} holds other files; leave it out")
     score = _score_cams if suffix == ".npz" else _score_labels
     confusion, further = score(dataset, predictions, len(names), threshold, ignored, workers)
     scores = {
@@ -83,6 +92,8 @@ def evaluate(
         **further,
         "confusion": confusion.tolist(),
     }
+    if volumes is not None:
+        scores["volumes"] = _score_volumes(dataset, predictions, volumes, workers)
     return _written(out or predictions, scores)
 
 
@@ -111,7 +122,19 @@ def table(scores: dict[str, Any]) -> str:
         lines += [f"best threshold: {best['best_threshold']} gives {_percent(best['best_mean_iou']).strip()}"]
     elif scores["ignored"]:
         lines += [f"predicted 255: {_percent(scores['ignored']).strip()} % of the pixels"]
+    if "volumes" in scores:
+        lines += _volume_table(scores["volumes"])
     return "\n".join(lines)
+
+
+def _volume_table(scores: dict[str, Any]) -> list[str]:
+    lines = [f"{'volumes':<16} Dice %  by slice    HD95  missed"]
+    rows = [(name, *(scores[key][name] for key in ("dice", "slice_dice", "hd95", "missed"))) for name in scores["dice"]]
+    rows += [("mean", scores["mean_dice"], scores["mean_slice_dice"], scores["mean_hd95"], sum(row[4] for row in rows))]
+    for name, overlap, slices, distance, missed in rows:
+        far = "-" if distance is None else f"{distance:.2f}"
+        lines += [f"{name:<16}  {_percent(overlap)}     {_percent(slices)} {far:>7} {missed:>7}"]
+    return [*lines, f"over {scores['count']} volumes"]
 
 
 def _instance_table(scores: dict[str, Any]) -> str:
@@ -211,6 +234,69 @@ def _score_labels(
         blank += int((pred == 255).sum())
         pixels += pred.numel()
     return metric.compute(), {"ignored": blank / pixels}
+
+
+def read_volumes(path: Path) -> dict[str, tuple[str, int, tuple[float, float, float]]]:
+    """Image -> name of its volume, number of its slice, and spacing of slices, rows and columns.
+
+    Raises:
+        FastcamError: the file does not read, or a line is no such thing.
+    """
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FastcamError(f"volumes {path} do not read: {getattr(error, 'strerror', None) or error}") from None
+    table = {}
+    for line, row in enumerate(rows, 2):
+        try:
+            spacing = (float(row["spacing_z"]), float(row["spacing_y"]), float(row["spacing_x"]))
+            table[row["image"]] = (row["volume"], int(row["slice"]), spacing)
+            bad = not all(math.isfinite(step) and step > 0 for step in spacing)
+        except (KeyError, TypeError, ValueError):
+            bad = True
+        if bad:
+            wanted = "image,volume,slice,spacing_z,spacing_y,spacing_x with positive spacings"
+            raise FastcamError(f"volumes {path}, line {line}: expected {wanted}")
+    return table
+
+
+def _score_volumes(dataset: Any, folder: Path, volumes: Path, workers: int) -> dict[str, Any]:
+    table = read_volumes(volumes)
+    slices: dict[str, list[str]] = {}
+    for image_id in dataset.ids:
+        if image_id not in table:
+            raise FastcamError(f"volumes {volumes} do not name image {image_id}; give the file of this data set")
+        slices.setdefault(table[image_id][0], []).append(image_id)
+    metric = VolumeScores(len(dataset.classes) + 1)
+
+    def read(name: str) -> tuple[str, Tensor, Tensor, tuple[float, float, float]]:
+        ids = sorted(slices[name], key=lambda image_id: table[image_id][1])
+        preds = [read_label_png(folder / f"{image_id}.png") for image_id in ids]
+        masks = [load_mask(dataset, image_id, pred.shape) for image_id, pred in zip(ids, preds, strict=True)]
+        if len({pred.shape for pred in preds}) > 1:
+            raise FastcamError(f"slices of volume {name} have several sizes, e.g. {ids[0]}; check {volumes}")
+        pred = torch.stack(preds)
+        return name, pred.masked_fill(pred == 255, 0), torch.stack(masks), table[ids[0]][2]
+
+    for volume in ordered_map(read, slices, workers):
+        metric.update(*volume)
+    overlap, by_slice, distance = (torch.stack(parts) for parts in (metric.dice, metric.slice_dice, metric.hd95))
+    found = distance.where(distance.isfinite(), torch.nan)
+    missed = distance.isinf().sum(0)
+    scores: dict[str, Any] = {"count": len(metric.names)}
+    for key, values in (("dice", overlap.mean(0)), ("slice_dice", by_slice.mean(0)), ("hd95", found.nanmean(0))):
+        scores[key] = {k: _number(v) for k, v in zip(dataset.classes, values[1:].tolist(), strict=True)}
+        scores[f"mean_{key}"] = _number(float(values[1:].nanmean()))
+    scores["missed"] = dict(zip(dataset.classes, missed[1:].tolist(), strict=True))
+    scores["of"] = {
+        name: {
+            "dice": [_number(v) for v in overlap[i, 1:].tolist()],
+            "slice_dice": [_number(v) for v in by_slice[i, 1:].tolist()],
+            "hd95": [_number(v) for v in found[i, 1:].tolist()],
+        }
+        for i, name in enumerate(metric.names)
+    }
+    return scores
 
 
 def _score_cams(

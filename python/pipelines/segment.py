@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from fastcam.pipelines._data import (
     file_fingerprint,
     input_record,
     load_trained,
+    method_transform,
     open_data,
-    training_transform,
 )
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
@@ -59,6 +59,39 @@ class Labelled(torch.utils.data.Dataset[dict[str, Any]]):
         path = self.labels / f"{item['id']}.png"
         item["mask"] = tv_tensors.Mask(read_mask(path, len(self.images.classes), item["image"].shape[1:], self.void))
         return self.transform(item)
+
+
+class Drawn(torch.utils.data.Dataset[dict[str, Any]]):
+    """Unlabelled images in their order, and with each of them labelled ones that are drawn by chance.
+
+    An item has `"unlabelled"` float `(3, S, S)`, and the labelled `"image"` `(3, S, S)` and `"mask"` `(S, S)`; with K
+    subsets one of each, stacked: `"image"` `(K, 3, S, S)` and `"mask"` `(K, S, S)`. The draws come from torch's global
+    generator, as those of the transforms do.
+
+    Args:
+        labelled: the labelled images.
+        unlabelled: the others; without any, an item is labelled images alone, and there are as many items as these.
+        subsets: indices of the labelled images that each of K networks learns from, for methods that train several.
+    """
+
+    def __init__(self, labelled: Labelled, unlabelled: Images | None, subsets: Sequence[Sequence[int]] | None) -> None:
+        self.labelled = labelled
+        self.unlabelled = unlabelled
+        self.subsets = subsets
+
+    def __len__(self) -> int:
+        return len(self.labelled if self.unlabelled is None else self.unlabelled)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any]
+        if self.subsets is None:
+            item = self.labelled[int(torch.randint(len(self.labelled), ()))]
+        else:
+            drawn = [self.labelled[subset[int(torch.randint(len(subset), ()))]] for subset in self.subsets]
+            item = {name: torch.stack([one[name] for one in drawn]) for name in ("image", "mask")}
+        if self.unlabelled is not None:
+            item["unlabelled"] = self.unlabelled[index]["image"]
+        return item
 
 
 Fuse = Literal["prob", "logits", "exp_logits"]
@@ -124,8 +157,15 @@ def image_probabilities(
     return (mean if fuse == "prob" else mean.softmax(0)).cpu()
 
 
-def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: TrainerConfig, out: Path) -> Path:
-    """Trains a segmentation network on label PNGs; see `segment`."""
+def train_segmenter(
+    data: Data,
+    labels: Path,
+    method: dict[str, Any],
+    trainer: TrainerConfig,
+    out: Path,
+    unlabelled: Data | None = None,
+) -> Path:
+    """Trains a segmentation network on label PNGs, and on images without; see `segment`."""
     record = {"pass": "segment", "data": dataclasses.asdict(data), "method": method, "trainer": trainer_record(trainer)}
     source = input_record(labels, "label")
     images = open_data(data, source["classes"])
@@ -134,6 +174,8 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
         count = f"{len(missing)} of {len(images)} images"
         raise FastcamError(f"{labels} has no label for {count}, e.g. {missing[0]}; finish the label pass first")
     record |= {**source, "classes": list(images.classes)}
+    if unlabelled is not None:
+        record["unlabelled"] = dataclasses.asdict(unlabelled)
     if (out / WEIGHTS).is_file():
         open_pass(out, record)
         return out / WEIGHTS
@@ -143,8 +185,18 @@ def train_segmenter(data: Data, labels: Path, method: dict[str, Any], trainer: T
         network: Any = create_method(num_classes=len(images.classes), **method)
     if network.kind != "segmenter":
         raise FastcamError(f"method {network.name} is a {network.kind}, expected a segmenter such as deeplab")
-    transform = training_transform(trainer, network.normalize)
-    dataset = Labelled(images, labels, transform, data.void)
+    if getattr(network, "learns_from_unlabelled", False) != (unlabelled is not None):
+        wanted = "leave them out" if unlabelled is not None else "give unlabelled.root or unlabelled.images"
+        learns = "does not learn" if unlabelled is not None else "learns"
+        raise FastcamError(f"method {network.name} {learns} from unlabelled images; {wanted}")
+    transform = method_transform(trainer, network)
+    dataset: Any = Labelled(images, labels, transform, data.void)
+    subsets = network.labelled_subsets(images.ids, trainer.seed) if hasattr(network, "labelled_subsets") else None
+    if subsets is not None or unlabelled is not None:
+        others = None
+        if unlabelled is not None:
+            others = open_data(unlabelled, images.classes, need_tags=False, transform=transform)
+        dataset = Drawn(dataset, others, subsets)
     return fit(network, dataset, images.classes, trainer, out, record)
 
 
@@ -160,6 +212,7 @@ def predict_masks(
     crf: Crf | None,
     device: str,
     workers: int,
+    change: Mapping[str, Any] | None = None,
 ) -> PassResult:
     """Writes the masks of a trained segmenter; see `segment`."""
     if not scales or min(scales) <= 0:
@@ -169,7 +222,8 @@ def predict_masks(
     record = {"pass": "predict", "weights": file_fingerprint(weights), "scales": scales, "flip": flip}
     record |= {"fuse": fuse, "window": window, "known_tags": known_tags}
     record["crf"] = crf and crf.resolved()
-    network, classes = load_trained(weights, "segmenter")
+    record |= {"change": change} if change else {}
+    network, classes = load_trained(weights, "segmenter", change or {})
     dataset = open_data(data, classes, need_tags=known_tags)
     if known_tags and not dataset.tags_known:
         raise FastcamError(f"known_tags needs tags, and the images in {data.images} have none; give data.tags")
@@ -205,6 +259,7 @@ def segment(
     labels: Path | None = None,
     method: dict[str, Any] | None = None,
     trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
+    unlabelled: Data | None = None,
     predict: Path | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = True,
@@ -212,20 +267,25 @@ def segment(
     window: int = 0,
     known_tags: bool = False,
     crf: Crf | None = None,
+    change: dict[str, Any] | None = None,
     device: str = "auto",
     workers: int = 2,
 ) -> Path | PassResult:
     """Trains a segmentation network on label PNGs (with labels), or predicts masks with a trained one (with predict).
 
-    Training writes weights.safetensors, last.ckpt and metrics.csv as the train pass does, and continues and skips as it
-    does. Predicting writes one palette .png an image.
+    Semi-supervised methods learn from more images than have labels: a step sees batch_size of the unlabelled ones, and
+    as many labelled ones that are drawn (for each network, where there are several). Training writes
+    weights.safetensors, last.ckpt and metrics.csv as the train pass does, and continues and skips as it does.
+    Predicting writes one palette .png an image.
 
     Args:
         data: the images.
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
-        method: name (deeplab or ocr), and where wanted backbone, weights and any field of the method's configuration.
+        method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's
+            configuration.
         trainer: epochs, batches, precision, devices of a training.
+        unlabelled: images without labels, for methods that learn from such (cotraining).
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose results are averaged, for predict.
         flip: average over mirror images too, for predict.
@@ -233,14 +293,16 @@ def segment(
         window: side of windows that larger images are cut into, a third overlapping; 0 for whole images, for predict.
         known_tags: keep masks to the classes among the image's tags, as CAMs are, for predict.
         crf: CRF on the probabilities, for predict; crf.preset deeplab is usual.
+        change: fields of the method's configuration that differ from the training, for predict, as in
+            --change.vote hard.
         device: auto, cpu or cuda, for predict.
         workers: threads that read images and write masks, for predict.
     """
     if (labels is None) == (predict is None):
         raise FastcamError("expected either labels (to train) or predict (weights, to write masks); give one of them")
     if predict is not None:
-        return predict_masks(data, predict, out, scales, flip, fuse, window, known_tags, crf, device, workers)
+        return predict_masks(data, predict, out, scales, flip, fuse, window, known_tags, crf, device, workers, change)
     if method is None or "name" not in method:
         raise FastcamError("method.name is missing; give the name of a segmenter, such as deeplab")
     assert labels is not None
-    return train_segmenter(data, labels, method, trainer, out)
+    return train_segmenter(data, labels, method, trainer, out, unlabelled)

@@ -15,7 +15,15 @@ from fastcam.errors import FastcamError
 from fastcam.io import CamSet, finished_ids, load_cams, open_pass, save_cams
 from fastcam.methods import create_method, method_class
 from fastcam.nn import max_normalize
-from fastcam.pipelines._data import Data, Images, Transform, input_record, open_data, training_transform
+from fastcam.pipelines._data import (
+    Data,
+    Images,
+    Transform,
+    input_record,
+    method_transform,
+    open_data,
+    training_transform,
+)
 from fastcam.pipelines._settings import WEIGHTS, TrainerConfig, trainer_record
 
 LEARNS = ("cam", "few-shot", "pretraining")  # kinds of methods that this pass trains
@@ -129,7 +137,6 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
 
     with seeded_init(trainer.seed):
         network: Any = create_method(num_classes=len(dataset.classes), **method)
-    transform = training_transform(trainer, network.normalize)
     if getattr(network, "learns_from_maps", False) != (cams is not None):
         wanted = "leave cams out" if cams is not None else "give cams, a folder that make-cam wrote"
         learns = "from tags alone" if cams is not None else "from maps"
@@ -139,6 +146,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
         if missing:
             count = f"{len(missing)} of {len(dataset)} images"
             raise FastcamError(f"{cams} has no CAMs for {count}, e.g. {missing[0]}; finish the make-cam pass first")
+        transform = training_transform(trainer, network.normalize)
         return fit(network, Mapped(dataset, cams, transform), dataset.classes, trainer, out, record)
     if kind == "few-shot":
         episodes = network.training_episodes(dataset, trainer.crop, flip=trainer.flip)
@@ -148,12 +156,7 @@ def train(data: Data, method: dict[str, Any], trainer: TrainerConfig, out: Path,
         raise FastcamError(f"the images in {data.images} have no tags; give data.tags")
     if tags is not None and hasattr(network, "set_tag_counts"):
         network.set_tag_counts(tags.sum(0))
-    if hasattr(network, "train_transform"):  # a method that trains on views of its own
-        mean, std = network.normalize
-        transform = network.train_transform(
-            trainer.crop, resize_long=trainer.resize_long, flip=trainer.flip, mean=mean, std=std
-        )
-    dataset.transform = transform
+    dataset.transform = method_transform(trainer, network)
     size = getattr(network, "group_size", 1)
     groups = GroupSampler(tags, size) if tags is not None and size > 1 else None
     if not keeps_maps(network):

@@ -11,9 +11,10 @@ from fastcam.data import (
     multi_scale,
     segment_transform,
     train_transform,
+    turn_transform,
     two_view_transform,
 )
-from fastcam.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from fastcam.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomShrink
 
 
 def item(height=40, width=60):
@@ -231,3 +232,45 @@ class TestRandAugment:
     def test_bad_magnitude_is_refused(self):
         with pytest.raises(ValueError, match=r"RandAugment: expected ops >= 0 and magnitude in 0\.\.10, got 2 and 11"):
             RandAugment(magnitude=11)
+
+
+class TestTurnTransform:
+    def test_gives_whole_squares_whose_mask_follows_the_image(self):
+        turn = turn_transform(50, shrink=(0.5, 0.9), mean=(0, 0, 0), std=(1, 1, 1))
+        for seed in range(20):
+            torch.manual_seed(seed)
+            out = turn(item())
+            assert (out["image"].shape, out["image"].dtype) == ((3, 50, 50), torch.float32)
+            assert (out["mask"].shape, out["mask"].dtype) == ((50, 50), torch.int64)
+            assert set(out["mask"].unique().tolist()) <= {0, 200}
+            agree = ((out["image"][0] > 100 / 255) == (out["mask"] > 0)).float().mean()
+            assert agree > 0.95  # bilinear against nearest at the border of the mask
+            assert out["image"].min() >= 0 and out["image"].max() <= 1
+
+    def test_a_square_image_without_turns_is_mirrored_at_most(self):
+        whole = item(32, 32)
+        turn = turn_transform(32, degrees=0.0, shrink=(1.0, 1.0), mean=(0, 0, 0), std=(1, 1, 1))
+        kinds = set()
+        for seed in range(30):
+            torch.manual_seed(seed)
+            out = turn(whole)["mask"]
+            mask = whole["mask"].as_subclass(torch.Tensor).long()
+            flips = [axes for axes in ((), (0,), (1,), (0, 1)) if torch.equal(out, mask.flip(axes))]
+            assert len(flips) == 1
+            kinds.add(flips[0])
+        assert len(kinds) == 4
+        fixed = turn_transform(32, degrees=0.0, shrink=(1.0, 1.0), flip=False)
+        assert all(torch.equal(fixed(whole)["mask"], mask) for _ in range(5))
+
+    def test_window_has_the_drawn_share_of_both_sides(self):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            out = RandomShrink(0.5, 0.75)(item(40, 60))
+            height, width = out["image"].shape[-2:]
+            assert 20 <= height <= 30 and 30 <= width <= 45
+            assert abs(height / 40 - width / 60) < 0.03
+            assert out["mask"].shape == (height, width)
+
+    def test_bad_shares_are_refused(self):
+        with pytest.raises(ValueError, match=r"RandomShrink: expected 0 < low <= high <= 1, got 0.9, 1.1"):
+            RandomShrink(0.9, 1.1)

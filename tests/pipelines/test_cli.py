@@ -92,6 +92,15 @@ def kind_of(config: str) -> str:
     kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
     kinds["sba"] = "retrieval"
     kinds |= {"amdim": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
+    kinds = {
+        "cotraining": "segmenter",
+        "deeplab": "segmenter",
+        "irn": "refiner",
+        "mcof": "regions",
+        "ocr": "segmenter",
+        "psa": "refiner",
+        "sba": "retrieval",
+    }
     return kinds.get(config.split("_")[0], "cam")
 
 

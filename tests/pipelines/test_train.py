@@ -111,6 +111,12 @@ def test_rest_of_the_batches_after_a_step_is_the_end_of_all_batches():
     assert [key[1] for key in joined(everything[:3])] != [key[1] for key in joined(everything[3:6])]
 
 
+def test_epochs_of_a_given_number_of_steps_go_through_whole_passes():
+    steps = list(Batches(10, 3, 2, seed=7, steps_per_epoch=4))
+    assert steps == list(Batches(10, 3, 4, seed=7))[:8]
+    assert list(Batches(10, 3, 2, seed=7, start=5, steps_per_epoch=4)) == steps[5:]
+
+
 def test_resumed_training_reads_only_the_images_that_are_left(tmp_path, monkeypatch):
     read = []
 
@@ -187,6 +193,7 @@ def test_bfloat16_trains(data, tmp_path):
     [
         ({"batch_size": 13}, "trainer.batch_size is 13, but there are 12 images"),
         ({"epochs": 0}, "trainer.epochs is 0"),
+        ({"steps_per_epoch": 0}, "trainer.steps_per_epoch is 0, expected at least 1, or null"),
         ({"devices": 3}, "batch_size is 4, expected a multiple of trainer.devices, 3"),
         ({"strategy": "dpp"}, "trainer.accelerator, devices, strategy or precision do not fit this machine"),
     ],
