@@ -1,7 +1,7 @@
 """Data sets by their layout on disk, joint transforms, and the procedural data set of the demo."""
 
-from fastcam.data.class_episodes import ClassEpisodes, class_members, draw_episode, fixed_episodes
 from fastcam.data.acdc import ACDC_CLASSES, Scan, read_acdc, write_acdc
+from fastcam.data.class_episodes import ClassEpisodes, class_members, draw_episode, fixed_episodes
 from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.groups import GroupSampler
@@ -32,8 +32,8 @@ from fastcam.data.transforms import (
     multi_scale,
     segment_transform,
     train_transform,
-    twin_transform,
     turn_transform,
+    twin_transform,
     two_view_transform,
 )
 from fastcam.data.voc import VOCDataset

@@ -1,5 +1,4 @@
-"""Scores of label maps, CAMs, objects, tags, rankings and few-shot episodes."""
-"""Scores of label maps, volumes, CAMs, objects, tags and rankings."""
+"""Scores of label maps, volumes, CAMs, objects, tags, rankings and few-shot episodes."""
 
 from fastcam.metrics.few_shot import (
     FewShotScores,
@@ -41,13 +40,12 @@ __all__ = [
     "bootstrap_sums",
     "cam_threshold_sweep",
     "class_sums",
+    "dice",
     "episode_counts",
     "few_shot_scores",
     "fp_fn",
-    "interval",
-    "dice",
-    "fp_fn",
     "hausdorff_95",
+    "interval",
     "iou",
     "mask_boxes",
     "mask_iou",
