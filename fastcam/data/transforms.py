@@ -247,32 +247,6 @@ def twin_transform(
     shift: int | None = None,
     jitter: Sequence[float] | None = (0.4, 0.4, 0.4, 0.1),
     grayscale: float = 0.25,
-class RandomShrink(v2.Transform):
-    """Cuts a window at a random place whose sides are a random share of the image's, uniform in `[low, high]`."""
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__()
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"RandomShrink: expected 0 < low <= high <= 1, got {low}, {high}")
-        self.low, self.high = low, high
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draws size and place."""
-        whole = v2.query_size(flat_inputs)
-        height, width = _scaled(whole[0], whole[1], self.low + (self.high - self.low) * float(torch.rand(())))
-        top, left = (int(torch.randint(gap + 1, ())) for gap in (whole[0] - height, whole[1] - width))
-        return {"top": top, "left": left, "height": height, "width": width}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crops an image or a mask."""
-        return F.crop(inpt, **params)
-
-
-def turn_transform(
-    size: int,
-    *,
-    degrees: float = 45.0,
-    shrink: tuple[float, float] = (0.85, 0.95),
     flip: bool = True,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -335,6 +309,38 @@ def center_transform(
         raise ValueError(f"center_transform: expected 1 <= size <= resize, got {size}, {resize}")
     shape = [v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
     return v2.Compose([*shape, *_augment(flip, None), _normalize(mean, std), _to_tensors])
+
+
+class RandomShrink(v2.Transform):
+    """Cuts a window at a random place whose sides are a random share of the image's, uniform in `[low, high]`."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"RandomShrink: expected 0 < low <= high <= 1, got {low}, {high}")
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws size and place."""
+        whole = v2.query_size(flat_inputs)
+        height, width = _scaled(whole[0], whole[1], self.low + (self.high - self.low) * float(torch.rand(())))
+        top, left = (int(torch.randint(gap + 1, ())) for gap in (whole[0] - height, whole[1] - width))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crops an image or a mask."""
+        return F.crop(inpt, **params)
+
+
+def turn_transform(
+    size: int,
+    *,
+    degrees: float = 45.0,
+    shrink: tuple[float, float] = (0.85, 0.95),
+    flip: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Transform:
     """Whole images turned, mirrored and brought to a square: the training transform of deep co-training.
 
     Half of the images are turned by up to `degrees`, bilinear, around their centre; the corners that this leaves empty

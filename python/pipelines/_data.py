@@ -237,10 +237,8 @@ def folder_classes(folder: Path) -> list[str] | None:
     return record["config"].get("classes") if record else None
 
 
-def load_trained(path: Path, kind: str) -> tuple[Any, list[str]]:
-    """A trained method of a kind ("cam", "segmenter", "few-shot", "refiner", "regions") and the names of its classes.
 def load_trained(path: Path, kind: str, change: Mapping[str, Any] | None = None) -> tuple[Any, list[str]]:
-    """A trained method of a kind ("cam", "segmenter", "refiner", "regions") and the names of its classes.
+    """A trained method of a kind ("cam", "segmenter", "few-shot", "refiner", "regions") and the names of its classes.
 
     Args:
         path: its weights.

@@ -92,15 +92,7 @@ def kind_of(config: str) -> str:
     kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
     kinds["sba"] = "retrieval"
     kinds |= {"amdim": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
-    kinds = {
-        "cotraining": "segmenter",
-        "deeplab": "segmenter",
-        "irn": "refiner",
-        "mcof": "regions",
-        "ocr": "segmenter",
-        "psa": "refiner",
-        "sba": "retrieval",
-    }
+    kinds["cotraining"] = "segmenter"
     return kinds.get(config.split("_")[0], "cam")
 
 
