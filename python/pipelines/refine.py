@@ -118,7 +118,7 @@ class Regions:
         growing: the superpixels, and how they grow together.
     """
 
-    levels: tuple[float, ...] = (1.6, 1.3, 1.1)
+    levels: tuple[float, ...] = (1.3, 1.1, 0.9, 0.7)
     counts: tuple[int, ...] = ()
     margin: float = 0.0
     growing: Config = field(default_factory=Config)
@@ -311,11 +311,16 @@ def refine(
     dataset = open_data(data, folder_classes(cams), need_tags=False)
     pixel.check()
     regions.check()
+    on_labels = how == "regions" and cams.is_dir() and not finished_ids(cams, ".npz")
+    if on_labels and (background, power) != (None, None):
+        raise FastcamError(f"background and power are for CAMs, and {cams} holds none; leave them out")
+    if not on_labels and regions.margin:
+        raise FastcamError(f"regions.margin is for label PNGs, and {cams} holds CAMs; leave it out")
     settings: dict[str, dict[str, Any]] = {"crf": {"crf": crf.resolved()}, "regions": {"regions": asdict(regions)}}
     chosen = settings.get(how, {"pixel": asdict(pixel)})
     record = {"pass": "refine", "how": how, **chosen, "background": background, "power": power}
     open_pass(out, {**record, **input_record(cams, "make-cam")})
-    if how == "regions" and not finished_ids(cams, ".npz"):
+    if on_labels:
         return _vote(dataset, cams, out, regions, workers)
 
     def one(image_id: str) -> None:
