@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastcam.errors import FastcamError
+from fastcam.nn.regions import gradient_contour
 from fastcam.ops.region_merge import MergeTree, region_merge
 from fastcam.ops.region_reduce import region_reduce
 from fastcam.ops.superpixel_slic import superpixel_slic
@@ -37,6 +38,7 @@ class Config:
     Args:
         superpixels: how many to start from, about.
         compactness: of the superpixels; larger is rounder, smaller is closer to the edges.
+        contour: what crossing a full step of lightness costs a superpixel, in units of CIE Lab; 0 asks colours alone.
         similarity: content_border (whole regions, and what meets along their border), content, or mean_color.
         criterion: adaptive (rounds under a threshold that falls and rises), or best_first (one pair at a time).
         stop: threshold or similarity at which merging ends. 0 goes as far as it can, and the tree can be cut anywhere.
@@ -49,6 +51,7 @@ class Config:
 
     superpixels: int = 400
     compactness: float = 10.0
+    contour: float = 0.0
     similarity: Literal["content_border", "content", "mean_color"] = "content_border"
     criterion: Literal["adaptive", "best_first"] = "adaptive"
     stop: float = 0.0
@@ -64,6 +67,7 @@ class Config:
         for name, fits, expected in (
             ("superpixels", 1 <= self.superpixels <= MOST_SUPERPIXELS, f"a number from 1 to {MOST_SUPERPIXELS}"),
             ("compactness", 0 < self.compactness < inf, "a number above 0"),
+            ("contour", 0 <= self.contour < inf, "a number of 0 or more"),
             ("stop", 0 <= self.stop < inf, "a number of 0 or more"),
             ("start", 0 < self.start < inf, "a number above 0"),
             ("factor", 1 < self.factor < inf, "a number above 1"),
@@ -98,7 +102,10 @@ def grow_regions(images: Tensor, config: Config = Config()) -> list[MergeTree]:
         [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
     """
     config.check()
-    labels = superpixel_slic(images, config.superpixels, compactness=config.compactness)
+    contour = gradient_contour(images) if config.contour else None
+    labels = superpixel_slic(
+        images, config.superpixels, compactness=config.compactness, contour=contour, contour_weight=config.contour
+    )
     return region_merge(
         labels,
         images,

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastcam import region_graph, region_merge
+from fastcam import region_graph, region_merge, superpixel_slic
 from fastcam._lab import rgb_to_lab
 from fastcam.errors import FastcamError
 from fastcam.methods.region_growing import Config, best_labels, grow_regions, region_scores, vote_labels
+from fastcam.nn.regions import gradient_contour
 from fastcam.reference.region_merge import content_border_similarity
 from fastcam.reference.superpixel_slic import pieces
 
@@ -101,6 +102,13 @@ class TestGrowing:
         assert merged[True] < 0.95
         assert float(grow_regions(image, Config(superpixels=8, texture=True))[0].values.min()) < 2
 
+    def test_contours_hold_superpixels_back(self):
+        image = photo()
+        with_contour = grow_regions(image, dataclasses.replace(SMALL, contour=30.0))[0]
+        labels = superpixel_slic(image, 60, contour=gradient_contour(image), contour_weight=30.0)[0]
+        assert torch.equal(with_contour.labels, labels)
+        assert not torch.equal(labels, superpixel_slic(image, 60)[0])
+
     @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1)])
     def test_images_of_few_pixels(self, shape):
         tree = grow_regions(torch.full((1, 3, *shape), 90.0))[0]
@@ -120,6 +128,7 @@ class TestGrowing:
             ({"superpixels": 0}, "growing.superpixels is 0, expected a number from 1 to 16000"),
             ({"superpixels": 16001}, "growing.superpixels is 16001"),
             ({"compactness": 0.0}, "growing.compactness is 0.0, expected a number above 0"),
+            ({"contour": -1.0}, "growing.contour is -1.0, expected a number of 0 or more"),
             ({"stop": -1.0}, "growing.stop is -1.0"),
             ({"stop": float("nan")}, "growing.stop is nan"),
             ({"start": 0.0}, "growing.start is 0.0"),
