@@ -62,7 +62,7 @@ def superpixel_slic(
         compactness: m. Larger: rounder superpixels; smaller: closer to the edges.
         iterations: k-means steps before the last assignment; 0 takes the centres as they start.
         enforce_connectivity: ``False`` gives the number of each pixel's centre; some may be missing, some in pieces.
-        contour: g :math:`(B, H, W)` in [0, 1], floating, clipped to that: :func:`fastcam.nn.regions.gradient_contour`, or
+        contour: g :math:`(B, H, W)`, floating, clipped to [0, 1]: :func:`fastcam.nn.regions.gradient_contour`, or
             what a network takes for a boundary.
         contour_weight: :math:`\gamma`, what a full line counts in units of CIE L*a*b*.
         backend: ``"cpp"``, ``"reference"``, or ``None`` to choose.

@@ -9,6 +9,7 @@ from fastcam._lab import rgb_to_lab
 from fastcam.errors import FastcamError
 from fastcam.methods.region_growing import Config, best_labels, grow_regions, region_scores, vote_labels
 from fastcam.nn.regions import gradient_contour
+from fastcam.nn.waterpixels import waterpixels
 from fastcam.reference.region_merge import content_border_similarity
 from fastcam.reference.superpixel_slic import pieces
 
@@ -108,6 +109,12 @@ class TestGrowing:
         labels = superpixel_slic(image, 60, contour=gradient_contour(image), contour_weight=30.0)[0]
         assert torch.equal(with_contour.labels, labels)
         assert not torch.equal(labels, superpixel_slic(image, 60)[0])
+
+    def test_regions_grow_from_waterpixels_too(self):
+        image = photo()
+        tree = grow_regions(image, dataclasses.replace(SMALL, producer="waterpixels", regularity=4.0))[0]
+        assert torch.equal(tree.labels, waterpixels(image, 60, regularity=4.0)[0])
+        assert len(tree.cut(count=3).unique()) == 3
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1)])
     def test_images_of_few_pixels(self, shape):
