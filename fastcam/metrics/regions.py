@@ -196,7 +196,7 @@ def match_boundaries(a: Tensor, b: Tensor, distance: float) -> tuple[Tensor, Ten
         matched[p], partner[p + step], free[p + step] = p + step, p, False
         alone = alone[~hit]
     dead: set[int] = set()
-    for p in alone.tolist():
+    for p in alone[there[alone[:, None] + steps].any(1)].tolist():
         _augment(p, there, steps, matched, partner, dead)
     out = (torch.from_numpy(m >= 0).view(-1, width)[reach : reach + H, reach : reach + W] for m in (matched, partner))
     first, second = (m.to(a.device) for m in out)
