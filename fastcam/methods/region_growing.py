@@ -38,7 +38,7 @@ class Config:
 
     Args:
         superpixels: how many to start from, about.
-        producer: slic (k-means), or waterpixels (watershed, half a second an image).
+        producer: slic (k-means), or waterpixels (watershed, a third of a second an image).
         compactness: of slic; larger is rounder, smaller is closer to the edges.
         regularity: of waterpixels; larger is rounder, 0 follows the gradient alone.
         contour: of slic: what crossing a full step of lightness costs, in units of CIE Lab; 0 asks colours alone.
