@@ -124,13 +124,13 @@ def row(images: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
     return [*covering, best, *rand, *voi, *boundary]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="holds images/test/*.jpg and groundtruth/test/*.npz")
     parser.add_argument("--images", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--keep", type=Path, help="folder for the scores of every image; what it holds is not redone")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     found: list[dict[str, list[dict[str, Any]]]] = []
     for path in sorted((args.root / "images" / "test").glob("*.jpg"))[: args.images]:
