@@ -1,9 +1,14 @@
-"""What the backends of ``superpixel_slic`` share: the grid of centres."""
+"""What the backends of ``superpixel_slic`` share: the grid of centres, and contours as whole numbers."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FARTHEST = 30200  # what distance in the plane and contours on the way count at most
 
 
 class Grid(NamedTuple):
@@ -28,3 +33,14 @@ def grid(H: int, W: int, n_segments: int) -> Grid:
 def spread(H: int, W: int, centres: int, compactness: float) -> float:
     """What a pixel of distance counts in half units of colour: 2 m / S."""
     return 2 * compactness * math.sqrt(centres / (H * W))
+
+
+def crossing_cost(contour: Tensor, weight: float) -> Tensor:
+    """What a contour ``(B, H, W)`` in [0, 1] costs whoever crosses it, int16 in half units of colour.
+
+    Raises:
+        ValueError: a NaN.
+    """
+    if torch.isnan(contour).any():
+        raise ValueError("superpixel_slic: expected a contour without NaN")
+    return (2 * weight * contour.double().clamp(0, 1)).round().clamp(max=FARTHEST).to(torch.int16)

@@ -138,9 +138,9 @@ int64_t region_reduce_hist(const void* x, const int64_t* labels, int64_t* out, i
 
 // image (B, 3, H, W); gamma (256) and f: the tables of fastcam/_lab.py; a grid of rows x columns centres that look
 // `reach` pixels to every side and, but for the last time, at every stride-th row. Labels to out (B, H, W).
-void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out, int64_t B,
-                         int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
-                         double spread, int64_t iterations, bool connect, int threads);
+void superpixel_slic_fwd(const uint8_t* image, const int16_t* cost, const int32_t* gamma, const int32_t* f,
+                         int32_t* out, int64_t B, int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach,
+                         int64_t stride, double spread, int64_t iterations, bool connect, int threads);
 
 // x, out, grad (B, K, H, W); labels (B, H, W), negative where there is none; rings (reach + 1): the weight at each
 // chessboard distance; r (B, H, W): the reciprocal of the number of pixels (by_count) or of their weights.

@@ -1,4 +1,5 @@
-// Superpixels by local k-means on whole numbers: image (B, 3, H, W) of 8 bits -> labels (B, H, W).
+// Superpixels by local k-means on whole numbers: image (B, 3, H, W) of 8 bits, and what it costs to cross each pixel
+// (B, H, W), or null -> labels (B, H, W).
 //
 // Every centre looks at the windows of its own surroundings only, a row of 16 pixels at a time: once to offer itself to
 // the pixels, once to sum up those it got. Bands of rows are independent in the first, centres in the second.
@@ -19,7 +20,7 @@ namespace {
 constexpr int64_t LANES = 16;
 constexpr uint16_t NOWHERE = 65535;  // the label of no centre
 constexpr int16_t OUTSIDE = 31500;   // distance of places outside a window; colours add at most 1222
-constexpr int16_t FARTHEST = 30200;  // distance of places inside
+constexpr int16_t FARTHEST = 30200;  // distance of places inside, contours on the way included
 constexpr int64_t BAND = 24;         // rows that a task assigns
 constexpr int64_t SUMMED = 128;      // rows whose sums of 16 bits cannot overflow: colours are below 512
 typedef Lanes<uint16_t, LANES>::type V;
@@ -82,9 +83,41 @@ FASTCAM_INLINE void add_difference(Signed& distance, const uint16_t* colours, co
   distance += d < 0 ? -d : d;
 }
 
-// Centre k offers itself to the pixels of its window in `rows`.
+// Largest cost on the straight line from a centre to the pixel at distance (dy, dx), both included. Step s of n, the
+// larger of both distances, is at round(s d / n) of each distance d, halves away from the centre.
+int16_t worst_crossing(const int16_t* cost, int64_t W, const Centre& centre, int64_t dy, int64_t dx) {
+  const int64_t rise = std::abs(dy), run = std::abs(dx), n = std::max(rise, run);
+  const int64_t down = dy < 0 ? -W : W, right = dx < 0 ? -1 : 1;
+  const int16_t* at = cost + centre.y * W + centre.x;
+  int16_t worst = *at;
+  for (int64_t s = 0, y = n, x = n; s < n; ++s) {
+    if ((y += 2 * rise) >= 2 * n) {
+      y -= 2 * n;
+      at += down;
+    }
+    if ((x += 2 * run) >= 2 * n) {
+      x -= 2 * n;
+      at += right;
+    }
+    worst = std::max(worst, *at);
+  }
+  return worst;
+}
+
+// Place distances of `count` pixels of row y from column `begin` on, with what the contours on the way to them cost.
+void add_crossings(const Plan& plan, const int16_t* cost, const Centre& centre, int64_t y, int64_t begin, int64_t count,
+                   const int16_t* place, int16_t* out) {
+  for (int64_t x = 0; x < count; ++x) {
+    const int16_t crossing = worst_crossing(cost, plan.W, centre, y - centre.y, begin + x - centre.x);
+    out[x] = static_cast<int16_t>(std::min<int32_t>(place[x] + crossing, FARTHEST));
+  }
+  std::fill_n(out + count, LANES, OUTSIDE);
+}
+
+// Centre k offers itself to the pixels of its window in `rows`. `cost` (H, W) may be null; `way` has a window's row.
 FASTCAM_MULTIVERSION
-void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t k, Rows rows) {
+void offer(const Plan& plan, const Planes& planes, const int16_t* cost, const Centre& centre, int64_t k, Rows rows,
+           int16_t* way) {
   const Signed l = Signed{} + static_cast<int16_t>(centre.colour[0]);
   const Signed a = Signed{} + static_cast<int16_t>(centre.colour[1]);
   const Signed b = Signed{} + static_cast<int16_t>(centre.colour[2]);
@@ -95,6 +128,10 @@ void offer(const Plan& plan, const Planes& planes, const Centre& centre, int64_t
   for (int64_t y = rows.first(centre.y - plan.reach); y < last; y += rows.stride) {
     const int64_t at = y * plan.pitch + begin;
     const int16_t* place = &plan.patch[(y - centre.y + plan.reach) * plan.patch_pitch + begin - centre.x + plan.reach];
+    if (cost) {
+      add_crossings(plan, cost, centre, y, begin, count, place, way);
+      place = way;
+    }
     const uint16_t *colour_l = planes.colour[0] + at, *colour_a = planes.colour[1] + at,
                    *colour_b = planes.colour[2] + at;
     int16_t* bests = planes.best + at;
@@ -200,8 +237,8 @@ std::vector<Centre> start(const Plan& plan, const Planes& planes) {
   return centres;
 }
 
-void assign(const Plan& plan, const Planes& planes, const std::vector<Centre>& centres, int64_t stride, int64_t phase,
-            int threads) {
+void assign(const Plan& plan, const Planes& planes, const int16_t* cost, const std::vector<Centre>& centres,
+            int64_t stride, int64_t phase, int threads) {
   const int64_t bands = (plan.H + BAND - 1) / BAND, K = centres.size();
   // Centres that reach into each band, in order.
   std::vector<std::vector<int32_t>> near(bands);
@@ -214,7 +251,8 @@ void assign(const Plan& plan, const Planes& planes, const std::vector<Centre>& c
     const Rows rows = {band * BAND, std::min(plan.H, (band + 1) * BAND), stride, phase};
     for (int64_t y = rows.first(rows.begin); y < rows.end; y += stride)
       std::fill_n(planes.best + y * plan.pitch, plan.W, OUTSIDE);
-    for (const int32_t k : near[band]) offer(plan, planes, centres[k], k, rows);
+    std::vector<int16_t> way(cost ? plan.patch_pitch : 0);
+    for (const int32_t k : near[band]) offer(plan, planes, cost, centres[k], k, rows, way.data());
   });
 }
 
@@ -355,8 +393,8 @@ class Pieces {
   Memory<uint16_t> label_;
 };
 
-void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out,
-             int64_t iterations, bool connect, int threads) {
+void segment(const Plan& plan, const uint8_t* image, const int16_t* cost, const int32_t* gamma, const int32_t* f,
+             int32_t* out, int64_t iterations, bool connect, int threads) {
   const Planes planes(plan.H * plan.pitch);
   const int64_t P = plan.H * plan.W;
   std::vector<uint16_t> column(plan.W);
@@ -374,10 +412,10 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
   });
   std::vector<Centre> centres = start(plan, planes);
   for (int64_t t = 0; t < iterations; ++t) {
-    assign(plan, planes, centres, plan.stride, t % plan.stride, threads);
+    assign(plan, planes, cost, centres, plan.stride, t % plan.stride, threads);
     update(plan, planes, centres, plan.stride, t % plan.stride, threads);
   }
-  assign(plan, planes, centres, 1, 0, threads);
+  assign(plan, planes, cost, centres, 1, 0, threads);
   if (connect) return Pieces(plan, planes.label).write(centres, out);
   for (int64_t y = 0; y < plan.H; ++y)
     for (int64_t x = 0; x < plan.W; ++x) out[y * plan.W + x] = planes.label[y * plan.pitch + x];
@@ -385,12 +423,13 @@ void segment(const Plan& plan, const uint8_t* image, const int32_t* gamma, const
 
 }  // namespace
 
-void superpixel_slic_fwd(const uint8_t* image, const int32_t* gamma, const int32_t* f, int32_t* out, int64_t B,
-                         int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach, int64_t stride,
-                         double spread, int64_t iterations, bool connect, int threads) {
+void superpixel_slic_fwd(const uint8_t* image, const int16_t* cost, const int32_t* gamma, const int32_t* f,
+                         int32_t* out, int64_t B, int64_t H, int64_t W, int64_t rows, int64_t columns, int64_t reach,
+                         int64_t stride, double spread, int64_t iterations, bool connect, int threads) {
   const Plan plan(H, W, rows, columns, reach, stride, spread);
   const auto one = [&](int64_t b, int inner) {
-    segment(plan, image + b * 3 * H * W, gamma, f, out + b * H * W, iterations, connect, inner);
+    segment(plan, image + b * 3 * H * W, cost ? cost + b * H * W : nullptr, gamma, f, out + b * H * W, iterations,
+            connect, inner);
   };
   if (B >= threads && B > 1) return parallel_for(B, 1, threads, [&](int64_t b, int64_t) { one(b, 1); });
   for (int64_t b = 0; b < B; ++b) one(b, threads);

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,20 @@ def overlaps(a: Tensor, b: Tensor) -> Tensor:
             "region metrics: expected two integer label maps of one shape with pixels, got "
             f"{a.dtype} {tuple(a.shape)}, {b.dtype} {tuple(b.shape)}"
         )
-    first, of_a = a.flatten().unique(return_inverse=True)
-    second, of_b = b.flatten().unique(return_inverse=True)
-    return (of_a * len(second) + of_b).bincount(minlength=len(first) * len(second)).view(len(first), len(second))
+    (of_a, first), (of_b, second) = _numbered(a), _numbered(b)
+    return (of_a * second + of_b).bincount(minlength=first * second).view(first, second)
+
+
+def _numbered(labels: Tensor) -> tuple[Tensor, int]:
+    """Labels of all pixels as numbers from 0 without gaps, in ascending order, and how many there are."""
+    flat = labels.flatten().long()
+    low = flat.min()
+    if int(flat.max() - low) > 2 * flat.numel():
+        values, flat = flat.unique(return_inverse=True)
+        return flat, len(values)
+    flat = flat - low
+    number = (flat.bincount() > 0).cumsum(0) - 1  # ten times as fast as sorting
+    return number[flat], int(number[-1]) + 1
 
 
 def rand_index(pred: Tensor, truths: Sequence[Tensor]) -> float:
@@ -172,47 +184,51 @@ def match_boundaries(a: Tensor, b: Tensor, distance: float) -> tuple[Tensor, Ten
         (y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1) if math.hypot(y, x) <= distance
     ]
     offsets.sort(key=lambda o: (math.hypot(*o), o))
-    padded = torch.nn.functional.pad(b, (reach, reach, reach, reach))
-    pixels = a.nonzero()
-    near = torch.stack([padded[pixels[:, 0] + y + reach, pixels[:, 1] + x + reach] for y, x in offsets], 1)
-    steps = [y * W + x for y, x in offsets]
-    at = (pixels[:, 0] * W + pixels[:, 1]).tolist()
-    reachable = {p: [p + step for step, there in zip(steps, row, strict=True) if there]
-                 for p, row in zip(at, near.tolist(), strict=True)}  # fmt: skip
-    partner: dict[int, int] = {}  # of pixels of b
-    matched: dict[int, int] = {}  # of pixels of a
-    for i in range(len(steps)):  # the nearest pairs first: few are left for the search below
-        for p, there in zip(at, near[:, i].tolist(), strict=True):
-            if there and p not in matched and p + steps[i] not in partner:
-                matched[p], partner[p + steps[i]] = p + steps[i], p
-    for p in at:
-        if p not in matched:
-            _augment(p, reachable, matched, partner)
-    out_a, out_b = (torch.zeros(H * W, dtype=torch.bool) for _ in range(2))
-    out_a[list(matched)] = True
-    out_b[list(partner)] = True
-    return out_a.view(H, W), out_b.view(H, W)
+    # With a frame of `reach` pixels no step leaves the map.
+    width = W + 2 * reach
+    steps = np.array([y * width + x for y, x in offsets], dtype=np.int64)
+    framed, there = (torch.nn.functional.pad(m.cpu(), (reach,) * 4).flatten().numpy() for m in (a, b))
+    matched, partner = (np.full(len(there), -1) for _ in range(2))  # of pixels of a, and of b
+    free, alone = there.copy(), framed.nonzero()[0]
+    for step in steps:  # the nearest pairs first: few are left for the search below
+        hit = free[alone + step]
+        p = alone[hit]
+        matched[p], partner[p + step], free[p + step] = p + step, p, False
+        alone = alone[~hit]
+    dead: set[int] = set()
+    for p in alone[there[alone[:, None] + steps].any(1)].tolist():
+        _augment(p, there, steps, matched, partner, dead)
+    out = (torch.from_numpy(m >= 0).view(-1, width)[reach : reach + H, reach : reach + W] for m in (matched, partner))
+    first, second = (m.to(a.device) for m in out)
+    return first, second
 
 
-def _augment(p: int, reachable: dict[int, list[int]], matched: dict[int, int], partner: dict[int, int]) -> None:
-    """Match ``p`` too, if that can be done by matching others otherwise (breadth first)."""
+def _augment(
+    p: int, there: np.ndarray, steps: np.ndarray, matched: np.ndarray, partner: np.ndarray, dead: set[int]
+) -> None:
+    """Matches ``p`` too, if that can be done by matching others otherwise (breadth first).
+
+    ``dead`` collects what a search in vain has seen: no later one gets on from there.
+    """
     came_from: dict[int, int] = {}
     queue = [p]
     for one in queue:
-        for q in reachable[one]:
-            if q in came_from:
+        reachable = one + steps
+        for q in reachable[there[reachable]].tolist():
+            if q in came_from or q in dead:
                 continue
             came_from[q] = one
-            if q in partner:
-                queue.append(partner[q])
+            if (other := int(partner[q])) >= 0:
+                queue.append(other)
                 continue
             while True:  # back along the way, each takes the pixel of the next
                 one = came_from[q]
-                q_before = matched.get(one)
+                before = int(matched[one])
                 matched[one], partner[q] = q, one
-                if q_before is None:
+                if before < 0:
                     return
-                q = q_before
+                q = before
+    dead.update(came_from)
 
 
 class BoundaryCounts(NamedTuple):

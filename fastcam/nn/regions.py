@@ -1,4 +1,4 @@
-"""Features of regions: pooling over a region's own cells, and how much a region stands out."""
+"""Features of regions: pooling over a region's own cells, contours, and how much a region stands out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
 
-from fastcam._lab import rgb_to_lab
+from fastcam._lab import rgb_to_lab, to_bytes
 from fastcam.ops.region_graph import Graph, region_graph
 from fastcam.ops.region_reduce import region_reduce
 
@@ -82,6 +82,27 @@ def region_mean_pool(features: Tensor, cells: Tensor, count: int) -> Tensor:
     flat = features.flatten(1).T[place[:, 0] * features.shape[2] + place[:, 1]]
     total = flat.new_zeros(count, flat.shape[1]).index_add(0, region, flat)
     return (total / region.bincount(minlength=count).clamp(min=1)[:, None])[:, :, None, None]
+
+
+def gradient_contour(image: Tensor) -> Tensor:
+    """How much the lightness changes around each pixel: largest less smallest CIE L of 3 x 3 pixels, divided by 100.
+
+    Args:
+        image: RGB ``(B, 3, H, W)`` in 0..255, uint8 or floating.
+
+    Returns:
+        float32 ``(B, H, W)`` in [0, 1]; pixels outside the image do not count.
+
+    Raises:
+        ValueError: an image that is not ``(B, 3, H, W)`` or holds a NaN.
+    """
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"gradient_contour: expected image (B, 3, H, W), got {tuple(image.shape)}")
+    light = rgb_to_lab(to_bytes("gradient_contour", image))[:, :1].float() / 2
+    if light.numel() == 0:
+        return light[:, 0]
+    high, low = (torch.nn.functional.max_pool2d(sign * light, 3, stride=1, padding=1) for sign in (1, -1))
+    return ((high + low) / 100).clamp(0, 1)[:, 0]
 
 
 def geodesic_saliency(image: Tensor, regions: Tensor, *, slack: float = 4.0, graph: Graph | None = None) -> Tensor:

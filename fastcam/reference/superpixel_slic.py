@@ -6,30 +6,34 @@ import torch
 from torch import Tensor
 
 from fastcam._lab import rgb_to_lab, to_bytes
-from fastcam._slic import Grid, grid, spread
+from fastcam._slic import FARTHEST, Grid, crossing_cost, grid, spread
 
-FARTHEST = 30200  # what distance in the plane counts at most
 BASE = 65536  # above all distances and numbers of centres
 
 
 def superpixel_slic_fwd(
-    image: Tensor, n_segments: int, compactness: float, iterations: int, connect: bool
+    image: Tensor, contour: Tensor | None, n_segments: int, compactness: float, contour_weight: float, iterations: int,
+    connect: bool,
 ) -> Tensor:  # fmt: skip
-    """RGB ``(B, 3, H, W)`` -> superpixels int32 ``(B, H, W)``."""
+    """RGB ``(B, 3, H, W)``, contour ``(B, H, W)`` -> superpixels int32 ``(B, H, W)``."""
     B, _, H, W = image.shape
     if image.numel() == 0:
         return torch.zeros(B, H, W, dtype=torch.int32, device=image.device)
     lab = rgb_to_lab(to_bytes("superpixel_slic", image))
+    cost = [None] * B if contour is None else list(crossing_cost(contour, contour_weight).long())
     plan = grid(H, W, n_segments)
     out = []
-    for one in lab:
-        labels, colours = _cluster(one, plan, compactness, iterations)
+    for one, crossing in zip(lab, cost, strict=True):
+        labels, colours = _cluster(one, crossing, plan, compactness, iterations)
         out.append(join_small(labels, colours) if connect else labels)
     return torch.stack(out).to(torch.int32)
 
 
-def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Lab ``(3, H, W)`` -> each pixel's centre, int64 ``(H, W)``, and the centres' colours ``(3, K)``."""
+def _cluster(
+    lab: Tensor, cost: Tensor | None, plan: Grid, compactness: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Lab ``(3, H, W)``, costs of crossing ``(H, W)`` -> each pixel's centre, int64 ``(H, W)``, and the centres'
+    colours ``(3, K)``."""
     H, W = lab.shape[1:]
     rows, columns, reach, stride = plan
     K = rows * columns
@@ -54,7 +58,8 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> tu
             inside = inside & (wy % stride == t % stride)
         at = wy.clamp(0, H - 1) * W + wx.clamp(0, W - 1)
         seen = lab.flatten(1)[:, at]
-        distance = (seen - colours[:, :, None, None]).abs().sum(0) + place
+        way = place if cost is None else (place + _worst_crossing(cost, centres, offsets)).clamp(max=FARTHEST)
+        distance = (seen - colours[:, :, None, None]).abs().sum(0) + way
         key = torch.where(inside, distance * BASE + number, BASE * BASE)
         nearest = labels.new_full((H * W,), BASE * BASE).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
         labels = torch.where(nearest < BASE * BASE, nearest % BASE, labels.flatten()).view(H, W)
@@ -67,6 +72,22 @@ def _cluster(lab: Tensor, plan: Grid, compactness: float, iterations: int) -> tu
         moved = torch.where(count > 0, torch.stack(means), torch.cat([centres, colours]))
         centres, colours = moved[:2], moved[2:]
     return labels, colours
+
+
+def _worst_crossing(cost: Tensor, centres: Tensor, offsets: Tensor) -> Tensor:
+    """Largest cost on the straight line from each centre to every pixel of its window, both included ``(K, n, n)``.
+
+    Step s of n, the larger of both distances, is at ``round(s d / n)`` of each distance d, halves away from the centre.
+    """
+    H, W = cost.shape
+    d = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"))
+    n = d.abs().amax(0).clamp(min=1)
+    worst = cost.new_zeros(centres.shape[1], len(offsets), len(offsets))
+    for s in range(int(offsets.max()) + 1):
+        y, x = d.sign() * ((2 * d.abs() * n.clamp(max=s) + n) // (2 * n))
+        y, x = (centres[0][:, None, None] + y).clamp(0, H - 1), (centres[1][:, None, None] + x).clamp(0, W - 1)
+        worst = torch.maximum(worst, cost[y, x])
+    return worst
 
 
 def _to_lowest_gradient(lab: Tensor, centres: Tensor) -> Tensor:

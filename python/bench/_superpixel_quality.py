@@ -18,6 +18,8 @@ from torch import Tensor
 from fastcam import superpixel_slic
 from fastcam.bench.superpixel_slic import rivals
 from fastcam.metrics.regions import achievable_accuracy, boundary_recall, compactness, undersegmentation_error
+from fastcam.nn.regions import gradient_contour
+from fastcam.nn.waterpixels import waterpixels
 
 
 def scores(labels: Tensor, truths: np.ndarray) -> list[float]:
@@ -35,12 +37,26 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="holds images/test/*.jpg and groundtruth/test/*.npz")
     parser.add_argument("--images", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--segments", type=int, nargs="+", default=[200, 500, 1000])
+    parser.add_argument("--variants", action="store_true", help="also ours held back by contours, and waterpixels")
     args = parser.parse_args()
 
     def ours(image: np.ndarray, n: int, threads: int) -> np.ndarray:
         return superpixel_slic(torch.from_numpy(image).permute(2, 0, 1)[None], n)[0].numpy()
 
-    methods: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {"fastcam": ours, **rivals()}
+    def held(weight: float) -> Callable[[np.ndarray, int, int], np.ndarray]:
+        def segment(image: np.ndarray, n: int, threads: int) -> np.ndarray:
+            x = torch.from_numpy(image).permute(2, 0, 1)[None]
+            return superpixel_slic(x, n, contour=gradient_contour(x), contour_weight=weight)[0].numpy()
+
+        return segment
+
+    def basins(image: np.ndarray, n: int, threads: int) -> np.ndarray:
+        return waterpixels(torch.from_numpy(image).permute(2, 0, 1)[None], n)[0].numpy()
+
+    methods: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {"fastcam": ours}
+    if args.variants:
+        methods |= {f"fastcam, contour weight {w}": held(w) for w in (10, 50)} | {"fastcam, waterpixels": basins}
+    methods |= rivals()
     paths = sorted((args.root / "images" / "test").glob("*.jpg"))[: args.images]
     print("| segments | library | boundary recall | under-segmentation error | accuracy | compactness | returned |")
     for n in args.segments:

@@ -15,24 +15,28 @@ from fastcam.bench._harness import Case, CaseIterator
 from fastcam.bench.superpixel_slic import photograph
 
 
+def weight_mean_color(g: Any, src: int, dst: int, n: int) -> dict[str, float]:
+    """Of the edge between a merged node and its neighbour in scikit-image's graph: the distance of their colours."""
+    return {"weight": np.linalg.norm(g.nodes[dst]["mean color"] - g.nodes[n]["mean color"])}
+
+
+def merge_mean_color(g: Any, src: int, dst: int) -> None:
+    """The colour of a merged node in scikit-image's graph."""
+    g.nodes[dst]["total color"] += g.nodes[src]["total color"]
+    g.nodes[dst]["pixel count"] += g.nodes[src]["pixel count"]
+    g.nodes[dst]["mean color"] = g.nodes[dst]["total color"] / g.nodes[dst]["pixel count"]
+
+
 def scikit_image(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
     """Hierarchical merging by mean colour down to one region, as scikit-image's example has it. It destroys its graph,
     so that every call begins with a copy, which is timed alone too."""
     from skimage import graph
 
-    def weight(g: Any, src: int, dst: int, n: int) -> dict[str, float]:
-        return {"weight": np.linalg.norm(g.nodes[dst]["mean color"] - g.nodes[n]["mean color"])}
-
-    def merge(g: Any, src: int, dst: int) -> None:
-        g.nodes[dst]["total color"] += g.nodes[src]["total color"]
-        g.nodes[dst]["pixel count"] += g.nodes[src]["pixel count"]
-        g.nodes[dst]["mean color"] = g.nodes[dst]["total color"] / g.nodes[dst]["pixel count"]
-
     rag = graph.rag_mean_color(image, labels)
     return {
         "scikit-image merge_hierarchical, copy": lambda: graph.merge_hierarchical(
-            labels, copy.deepcopy(rag), thresh=1e9, rag_copy=False, in_place_merge=True, merge_func=merge,
-            weight_func=weight,
+            labels, copy.deepcopy(rag), thresh=1e9, rag_copy=False, in_place_merge=True, merge_func=merge_mean_color,
+            weight_func=weight_mean_color,
         ),
         "scikit-image, the copy alone": lambda: copy.deepcopy(rag),
     }  # fmt: skip

@@ -1,11 +1,11 @@
-"""The refine pass: CAMs and images to sharper CAMs: by a CRF, by the colours nearby, or by learned affinities."""
+"""The refine pass: CAMs and images to sharper CAMs: by a CRF, by colours nearby, by regions, by learned affinities."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcam.errors import FastcamError
-from fastcam.io import CamSet, load_cams, open_pass, save_cams
+from fastcam.io import (
+    CamSet,
+    finished_ids,
+    load_cams,
+    open_pass,
+    read_label_png,
+    save_cams,
+    write_label_png,
+)
+from fastcam.methods.region_growing import Config, grow_regions, region_scores, vote_labels
 from fastcam.nn.unaries import unary_from_labels, unary_from_softmax
 from fastcam.ops.crf_mean_field import crf_mean_field
 from fastcam.ops.pixel_refine import pixel_refine
-from fastcam.pipelines._data import Data, folder_classes, input_record, load_image, open_data
+from fastcam.pipelines._data import Data, Images, folder_classes, input_record, load_image, open_data
 from fastcam.pipelines._parallel import PassResult, ordered_map, run_pass
 from fastcam.pipelines._settings import TrainerConfig
+from fastcam.pipelines.regions import check_stages, cut_stages
 
 # Published settings (specs of their codes): iterations, Gaussian sxy and compat, bilateral sxy, srgb and compat, unary.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,7 +72,7 @@ class Crf:
         Raises:
             FastcamError: a value out of range.
         """
-        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        given = {key: value for key, value in asdict(self).items() if value is not None}
         given.setdefault("preset", "irn")
         values = {**PRESETS[given["preset"]], **given}
         for name in ("gaussian_sxy", "gaussian_compat", "sxy", "srgb", "compat", "iterations"):
@@ -98,6 +108,34 @@ class Pixel:
 
 
 @dataclass(frozen=True)
+class Regions:
+    """Averages over the regions of the image, and over several stages of their growing.
+
+    Args:
+        levels: stages, as thresholds of similarity: 2 is the superpixels, 1.3 many regions, 0.9 few.
+        counts: stages, as numbers of regions.
+        margin: share of a region by which its label has to lead, else the region becomes 255; for label PNGs.
+        growing: the superpixels, and how they grow together.
+    """
+
+    levels: tuple[float, ...] = (1.3, 1.1, 0.9, 0.7)
+    counts: tuple[int, ...] = ()
+    margin: float = 0.0
+    growing: Config = field(default_factory=Config)
+
+    def check(self) -> None:
+        """Raises FastcamError where a value is out of range."""
+        self.growing.check()
+        check_stages(self.levels, self.counts, self.growing.stop)
+        if not 0 <= self.margin <= 1:
+            raise FastcamError(f"regions.margin is {self.margin}, expected a share from 0 to 1")
+
+    def cuts(self, image: Tensor) -> list[Tensor]:
+        """The regions int64 `(H, W)` of an image uint8 `(3, H, W)` at every stage."""
+        return list(cut_stages(grow_regions(image[None], self.growing)[0], self.levels, self.counts).values())
+
+
+@dataclass(frozen=True)
 class Seeds:
     """The two backgrounds that tell which pixels CAMs are sure of; what is between them is not trained on.
 
@@ -123,7 +161,7 @@ class Seeds:
         """
         if self == Seeds():
             return Seeds(high=0.30, low=0.05) if how == "irn" else Seeds(high_power=4, low_power=32)
-        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        given = {key: value for key, value in asdict(self).items() if value is not None}
         shown = ", ".join(f"{key} {value}" for key, value in given.items())
         if given.keys() not in ({"high", "low"}, {"high_power", "low_power"}):
             raise FastcamError(f"seeds are {shown}, expected high and low, or high_power and low_power")
@@ -216,11 +254,12 @@ def refine(
     data: Data,
     cams: Path,
     out: Path,
-    how: Literal["crf", "irn", "psa", "par", "pamr"] = "crf",
+    how: Literal["crf", "irn", "psa", "par", "pamr", "regions"] = "crf",
     crf: Crf = Crf(),
     background: float | None = None,
     power: float | None = None,
     pixel: Pixel = Pixel(),
+    regions: Regions = Regions(),
     method: dict[str, Any] | None = None,
     seeds: Seeds = Seeds(),
     trainer: TrainerConfig = TrainerConfig(),  # noqa: B008 (frozen)
@@ -231,19 +270,22 @@ def refine(
 ) -> PassResult:
     """Sharpens CAMs: one CamSet an image, with a background.
 
-    crf, par and pamr look at the colours of the image. irn and psa first train a network on what the CAMs are sure of
-    (weights, last.ckpt, metrics.csv and the labels in network/ of the output folder), which tells what belongs
-    together, then let the CAMs walk along it; with weights they walk only. Only the classes that are present take part.
+    crf, par and pamr look at the colours of the image. regions averages over regions that grow from superpixels; label
+    PNGs, those of a segmentation network for example, it decides anew by the vote of every region. irn and psa first
+    train a network on what the CAMs are sure of (weights, last.ckpt, metrics.csv and the labels in network/ of the
+    output folder), which tells what belongs together, then let the CAMs walk along it; with weights they walk only.
+    Only the classes that are present take part.
 
     Args:
         data: the images; irn and psa train on the same ones.
-        cams: folder of CamSets that make-cam wrote.
-        out: output folder, one .npz an image.
-        how: crf, the fully connected CRF; par or pamr, means of similar pixels; irn or psa, random walks.
+        cams: folder of CamSets that make-cam wrote; for how regions also of label PNGs.
+        out: output folder, one .npz an image; of label PNGs one .png.
+        how: crf, the fully connected CRF; par or pamr, means of similar pixels; regions; irn or psa, random walks.
         crf: the CRF, for how crf; and of the labels that irn and psa are trained on.
         background: constant score of the background beside the CAMs (irn: 0.25, beside the walked CAMs).
         power: score of the background is (1 - largest CAM)^power (psa: 16). Neither: the CAMs' own background.
         pixel: for how par and pamr.
+        regions: for how regions.
         method: of the network, for how irn and psa: backbone (a timm name), weights (local file for the backbone) and
             any field of the method's configuration, as in --method.backbone resnet50 --method.lr 0.05.
         seeds: which pixels the CAMs are sure of, for how irn and psa.
@@ -268,9 +310,18 @@ def refine(
         return walk(data, cams, out, how, weights, background, power, instances, device, workers)
     dataset = open_data(data, folder_classes(cams), need_tags=False)
     pixel.check()
-    settings = {"crf": crf.resolved()} if how == "crf" else {"pixel": dataclasses.asdict(pixel)}
-    record = {"pass": "refine", "how": how, **settings, "background": background, "power": power}
+    regions.check()
+    on_labels = how == "regions" and cams.is_dir() and not finished_ids(cams, ".npz")
+    if on_labels and (background, power) != (None, None):
+        raise FastcamError(f"background and power are for CAMs, and {cams} holds none; leave them out")
+    if not on_labels and regions.margin:
+        raise FastcamError(f"regions.margin is for label PNGs, and {cams} holds CAMs; leave it out")
+    settings: dict[str, dict[str, Any]] = {"crf": {"crf": crf.resolved()}, "regions": {"regions": asdict(regions)}}
+    chosen = settings.get(how, {"pixel": asdict(pixel)})
+    record = {"pass": "refine", "how": how, **chosen, "background": background, "power": power}
     open_pass(out, {**record, **input_record(cams, "make-cam")})
+    if on_labels:
+        return _vote(dataset, cams, out, regions, workers)
 
     def one(image_id: str) -> None:
         camset = load_cams(cams / f"{image_id}.npz")
@@ -278,6 +329,8 @@ def refine(
         scores = own_background(camset, image_id, background, power)
         if how == "crf":
             refined = crf_scores(scores, image, crf)
+        elif how == "regions":
+            refined = region_scores(scores, regions.cuts(image))
         else:
             refined = pixel_scores(scores, image, "par" if how == "par" else "pamr", pixel)
         save_cams(out / f"{image_id}.npz", CamSet(camset.keys, refined[1:], refined[0], camset.size))
@@ -286,6 +339,20 @@ def refine(
         return ordered_map(one, ids, workers)
 
     return run_pass("refine", out, ".npz", dataset.ids, work)
+
+
+def _vote(dataset: Images, labels: Path, out: Path, regions: Regions, workers: int) -> PassResult:
+    """The refine pass by regions on label PNGs."""
+
+    def one(image_id: str) -> None:
+        label = read_label_png(labels / f"{image_id}.png")
+        image = load_image(dataset, image_id, label.shape)
+        write_label_png(out / f"{image_id}.png", vote_labels(label, regions.cuts(image), regions.margin))
+
+    def work(ids: Iterable[str]) -> Iterator[None]:
+        return ordered_map(one, ids, workers)
+
+    return run_pass("refine", out, ".png", dataset.ids, work)
 
 
 def _check(

@@ -1,10 +1,13 @@
 """Pooling over regions, and saliency from them."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch.nn import functional as F
 
-from fastcam.nn.regions import geodesic_saliency, masked_roi_pool, region_cells, region_mean_pool
+from fastcam._lab import rgb_to_lab
+from fastcam.nn.regions import geodesic_saliency, gradient_contour, masked_roi_pool, region_cells, region_mean_pool
 
 
 def by_hand(features, cells, count, bins):
@@ -118,3 +121,21 @@ class TestGeodesicSaliency:
         image = torch.randint(0, 256, (3, 6, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         assert geodesic_saliency(image, torch.zeros(6, 7, dtype=torch.int64)).abs().max() == 0
         assert geodesic_saliency(image[:, :1, :1], torch.zeros(1, 1, dtype=torch.int64)).tolist() == [[0.0]]
+
+
+def test_gradient_is_that_of_scipy_and_ignores_what_lies_outside():
+    image = torch.randint(0, 256, (2, 3, 9, 11), generator=torch.Generator().manual_seed(0)).byte()
+    light = rgb_to_lab(image)[:, 0].numpy() / 2
+    expected = np.stack([ndimage.maximum_filter(l, 3) - ndimage.minimum_filter(l, 3) for l in light]) / 100
+    torch.testing.assert_close(gradient_contour(image), torch.from_numpy(expected).float())
+    step = torch.zeros(1, 3, 1, 6)
+    step[..., 3:] = 255
+    assert gradient_contour(step).tolist() == [[[0, 0, 1, 1, 0, 0]]]
+    assert gradient_contour(step[..., :1]).tolist() == [[[0]]]
+
+
+def test_gradient_of_what_is_no_image_is_refused():
+    with pytest.raises(ValueError, match=r"^gradient_contour: expected image \(B, 3, H, W\), got \(3, 4, 5\)"):
+        gradient_contour(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match=r"^gradient_contour: expected an image without NaN"):
+        gradient_contour(torch.full((1, 3, 2, 2), torch.nan))

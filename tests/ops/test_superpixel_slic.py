@@ -54,6 +54,52 @@ class TestSuperpixelSlic(OpTester):
                     actual = superpixel_slic(image.to(device), n, **options, backend=backend)
                     assert torch.equal(actual.cpu(), expected), (H, W, n, m, connect)
 
+    def test_with_contours_every_backend_gives_the_same_labels_bit_for_bit(self, device, backend):
+        g = torch.Generator().manual_seed(3)
+        for H, W, n, weight in (
+            (1, 1, 3, 50.0),
+            (40, 1, 6, 9.0),
+            (61, 83, 40, 50.0),
+            (30, 99, 5, 1e6),
+            (33, 40, 300, 0.4),
+        ):
+            image, contour = photo(H, W), torch.rand(1, H, W, generator=g) ** 3
+            options = {"contour_weight": weight, "enforce_connectivity": False, "iterations": 4}
+            expected = superpixel_slic(image, n, **options, contour=contour, backend="reference")
+            actual = superpixel_slic(image.to(device), n, **options, contour=contour.to(device), backend=backend)
+            assert torch.equal(actual.cpu(), expected), (H, W, n, weight)
+
+    def test_line_between_equal_colours_is_not_crossed(self, device, backend):
+        """A diagonal contour on a grey image: without it superpixels are squares."""
+        y, x = torch.meshgrid(torch.arange(64), torch.arange(96), indexing="ij")
+        below = 2 * x > 3 * y + 10
+        contour = (below != (2 * x > 3 * (y + 1) + 10)) | (below != (2 * (x + 1) > 3 * y + 10))
+        image = torch.full((1, 3, 64, 96), 120, dtype=torch.uint8)
+        spill = {}
+        for name, given in (("with", contour[None].float()), ("without", None)):
+            given = None if given is None else given.to(device)
+            labels = superpixel_slic(image.to(device), 24, contour=given, backend=backend)[0].cpu()
+            assert pieces(labels)[0] == len(labels.unique())
+            sides = [labels[side].bincount(minlength=99) for side in (below & ~contour, ~below)]
+            spill[name] = int(torch.minimum(*sides).sum())
+        assert spill["without"] > 300
+        assert spill["with"] < 0.05 * spill["without"]
+
+    def test_contour_of_zeros_or_of_no_weight_changes_nothing(self, device, backend):
+        image = photo(50, 60).to(device)
+        expected = superpixel_slic(image, 20, backend=backend)
+        ones = torch.ones(1, 50, 60, device=device)
+        assert torch.equal(superpixel_slic(image, 20, contour=0 * ones, backend=backend), expected)
+        assert torch.equal(superpixel_slic(image, 20, contour=ones, contour_weight=0, backend=backend), expected)
+
+    def test_batch_of_contours_equals_single_ones(self, device, backend):
+        image = torch.cat([photo(40, 50, seed) for seed in range(3)]).to(device)
+        contour = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(5)).to(device)
+        together = superpixel_slic(image, 15, contour=contour, backend=backend)
+        for b in range(3):
+            alone = superpixel_slic(image[b : b + 1], 15, contour=contour[b : b + 1], backend=backend)
+            assert torch.equal(alone[0], together[b])
+
     def test_superpixels_are_connected_and_numbered_in_scan_order(self, device, backend):
         for n in (1, 6, 50, 400):
             labels = superpixel_slic(photo(70, 90).to(device), n, backend=backend)[0].cpu()
@@ -111,7 +157,8 @@ class TestSuperpixelSlic(OpTester):
 
     def test_opcheck(self, device, backend):
         (image, n), _ = self.inputs(self.small, torch.float32, device)
-        torch.library.opcheck(FWD, (image, n, 10.0, 3, True, backend))
+        torch.library.opcheck(FWD, (image, None, n, 10.0, 50.0, 3, True, backend))
+        torch.library.opcheck(FWD, (image, image[:, 0] / 255, n, 10.0, 50.0, 3, True, backend))
 
     def test_exceptions(self, device, backend):
         image = torch.zeros(1, 3, 4, 5, device=device)
@@ -127,6 +174,10 @@ class TestSuperpixelSlic(OpTester):
             (r"expected a positive compactness, got -1", ValueError, {"compactness": -1}),
             (r"expected a positive compactness, got nan", ValueError, {"compactness": float("nan")}),
             (r"expected iterations >= 0, got -1", ValueError, {"iterations": -1}),
+            (r"contour \(1, 4, 5\) for the image, got \(1, 5, 4\)", ValueError, {"contour": image[:, 0].mT}),
+            (r"a floating contour, got int64", TypeError, {"contour": image[:, 0].long()}),
+            (r"expected a contour without NaN", ValueError, {"contour": bad[:, 1]}),
+            (r"contour_weight >= 0, got -2", ValueError, {"contour_weight": -2}),
         ):
             with pytest.raises(error, match="^superpixel_slic: .*" + match):
                 superpixel_slic(**{"image": image, "n_segments": 4, **arguments}, backend=backend)
