@@ -1,4 +1,4 @@
-"""Scores of label maps, volumes, CAMs, objects, tags, rankings and few-shot episodes."""
+"""Scores of label maps, CAMs, objects, tags, volumes, rankings and few-shot episodes."""
 
 from fastcam.metrics.few_shot import (
     FewShotScores,
@@ -6,7 +6,6 @@ from fastcam.metrics.few_shot import (
     class_sums,
     episode_counts,
     few_shot_scores,
-    interval,
     paired_difference,
 )
 from fastcam.metrics.instances import (
@@ -18,8 +17,8 @@ from fastcam.metrics.instances import (
     point_hits,
     response_correlation,
 )
-from fastcam.metrics.interval import mean_interval
-from fastcam.metrics.retrieval import bootstrap_interval, ranking_average_precision, recall_at, ukbench_hits
+from fastcam.metrics.intervals import bootstrap_interval, mean_interval, quantile_interval
+from fastcam.metrics.retrieval import ranking_average_precision, recall_at, ukbench_hits
 from fastcam.metrics.segmentation import (
     ConfusionMatrix,
     cam_threshold_sweep,
@@ -45,7 +44,6 @@ __all__ = [
     "few_shot_scores",
     "fp_fn",
     "hausdorff_95",
-    "interval",
     "iou",
     "mask_boxes",
     "mask_iou",
@@ -54,6 +52,7 @@ __all__ = [
     "mean_iou",
     "paired_difference",
     "point_hits",
+    "quantile_interval",
     "ranking_average_precision",
     "recall_at",
     "response_correlation",
