@@ -76,6 +76,8 @@ def create_method(
     cls = method_class(name)
     module = importlib.import_module(cls.__module__)
     known = [field.name for field in dataclasses.fields(module.Config)]
+    if backbone is not None:
+        config["backbone"] = backbone
     for key in config:
         if key not in known:
             raise FastcamError(
@@ -83,8 +85,6 @@ def create_method(
             )
     if num_classes < 1:
         raise FastcamError(f"method '{name}': num_classes is {num_classes}, expected at least 1")
-    if backbone is not None:
-        config["backbone"] = backbone
     # YAML and safetensors metadata have lists where the dataclass has tuples.
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     return cls(num_classes, module.Config(**fields), weights=weights)
