@@ -18,6 +18,7 @@ METHODS = {
     "cam": ("fastcam.methods.cam", "CAM"),
     "cotraining": ("fastcam.methods.cotraining", "CoTraining"),
     "cti": ("fastcam.methods.cti", "CTI"),
+    "cyclegan": ("fastcam.methods.cyclegan", "CycleGAN"),
     "deeplab": ("fastcam.methods.deeplab", "DeepLab"),
     "drs": ("fastcam.methods.drs", "DRS"),
     "drs_refine": ("fastcam.methods.drs_refine", "DRSRefine"),

@@ -7,6 +7,7 @@ from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 from fastcam.nn.enet import ENet
 from fastcam.nn.fold import fold_batch_norms
+from fastcam.nn.gan import ReplayPool, ResnetGenerator, lsgan_discriminator_loss, lsgan_generator_loss
 from fastcam.nn.losses import LossConfig, locally_adaptive_loss, ohem_cross_entropy, power_mean
 from fastcam.nn.peaks import peak_backprop, peak_response_maps, peak_stimulation
 from fastcam.nn.proposals import tree_proposals
@@ -27,6 +28,8 @@ __all__ = [
     "ImageBank",
     "LossConfig",
     "Refine",
+    "ReplayPool",
+    "ResnetGenerator",
     "SuppressedReLU",
     "UNet",
     "affinity_labels",
@@ -36,6 +39,8 @@ __all__ = [
     "create_trunk",
     "fold_batch_norms",
     "locally_adaptive_loss",
+    "lsgan_discriminator_loss",
+    "lsgan_generator_loss",
     "max_normalize",
     "multi_scale_max",
     "ohem_cross_entropy",
