@@ -36,7 +36,7 @@ from fastcam.nn.gan import (
     pixel_discriminator,
     strided_discriminator,
 )
-from fastcam.nn.losses import IGNORE, cross_entropy
+from fastcam.nn.losses import IGNORE, cross_entropy, resize
 
 DISCRIMINATORS = {"pixel": pixel_discriminator, "patch": patch_discriminator, "strided": strided_discriminator}
 LABEL_INPUTS = ("softmax", "argmax_onehot", "argmax_index")
@@ -70,6 +70,8 @@ class Config:
         pool_size: batches of earlier fakes that each discriminator is shown; 0 for none.
         void_is_background: pixels without a label (255) count as background, as the authors have it; else they are
             left out of the losses of labelled images, and are background for the other networks.
+        inference_size: side of the square that images are brought to for :meth:`CycleGAN.logits`, as they were in
+            training; ``None`` leaves them as they are.
         lr: of all networks.
         betas: of Adam; the authors train the baseline with (0.9, 0.999).
         constant: share of the training behind which the learning rate falls, linearly to 0.
@@ -90,6 +92,7 @@ class Config:
     cycle_label: float = 0.05
     pool_size: int = 50
     void_is_background: bool = True
+    inference_size: int | None = None
     lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
     constant: float = 0.25
@@ -214,7 +217,11 @@ class CycleGAN(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits of the labels at every pixel: ``(B, 3, H, W)`` -> float32 ``(B, C + 1, H, W)``, background first."""
-        return self.image_to_label(images).float()
+        side = self.config.inference_size
+        if side is None:
+            return self.image_to_label(images).float()
+        small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        return resize(self.image_to_label(small).float(), images.shape[-2:], align_corners=False)
 
     def images(self, labels: Tensor) -> Tensor:
         """Images made of label probabilities ``(B, C + 1, H, W)``, see :func:`one_hot`: float32 in (-1, 1)."""
@@ -236,14 +243,14 @@ class CycleGAN(nn.Module):
         else:
             known = mask != IGNORE
         even = image.new_ones(self.num_classes + 1)  # all labels weigh the same
-        terms = {"label": cross_entropy(self.logits(image), mask, even)}
+        terms = {"label": cross_entropy(self.image_to_label(image).float(), mask, even)}
         if not self.learns_from_unlabelled:
             yield 0, _total(terms)
             return
         if "unlabelled" not in batch:
             raise FastcamError("cyclegan: a batch has no unlabelled images; give some, or set all factors to 0")
         others, labels = batch["unlabelled"], one_hot(mask, self.num_classes + 1)
-        fake_image, fake_labels = self.images(labels), self.logits(others).softmax(dim=1)
+        fake_image, fake_labels = self.images(labels), self.image_to_label(others).float().softmax(dim=1)
         seen = discriminator_input(fake_labels, config.label_input)
         if config.pair:
             terms["pair"] = pair_loss(fake_image, image, config.pair_loss, known)
@@ -255,7 +262,7 @@ class CycleGAN(nn.Module):
         if config.cycle_image:
             terms["cycle_image"] = image_cycle_loss(self.images(fake_labels), others)
         if config.cycle_label:
-            terms["cycle_label"] = cross_entropy(self.logits(fake_image), mask, even)
+            terms["cycle_label"] = cross_entropy(self.image_to_label(fake_image).float(), mask, even)
         yield 0, _total(terms, {name: getattr(config, name) for name in FACTORS})
 
         terms = {}
@@ -307,6 +314,8 @@ def _check(config: Config) -> None:
     for name, least in (("width", 1), ("blocks", 0), ("discriminator_width", 1), ("pool_size", 0)):
         if getattr(config, name) < least:
             raise FastcamError(f"cyclegan: {name} is {getattr(config, name)}, expected at least {least}")
+    if config.inference_size is not None and config.inference_size < 1:
+        raise FastcamError(f"cyclegan: inference_size is {config.inference_size}, expected at least 1, or null")
     for name in FACTORS:
         if not getattr(config, name) >= 0:
             raise FastcamError(f"cyclegan: {name} is {getattr(config, name)}, expected at least 0")

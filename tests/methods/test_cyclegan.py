@@ -248,6 +248,17 @@ def test_numbers_of_labelled_and_unlabelled_images_may_differ():
     assert len(step(tiny(), data)) == 2
 
 
+class PerfectSegmenter(nn.Module):
+    """Knows the masks."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, image):
+        return 1e4 * cyclegan.one_hot(self.mask, C + 1)
+
+
 def test_perfect_generators_have_no_cycle_loss():
     method, data = tiny(), batch()
     kept = {}
@@ -256,8 +267,7 @@ def test_perfect_generators_have_no_cycle_loss():
         kept["labels"] = labels
         return data["image"]
 
-    method.label_to_image, method.image_to_label = nn.Identity(), nn.Identity()
-    method.images, method.logits = to_image, lambda image: 1e4 * cyclegan.one_hot(data["mask"], C + 1)
+    method.images, method.image_to_label = to_image, PerfectSegmenter(data["mask"])
     _, scalars = next(method.training_phases({**data, "unlabelled": data["image"]}))
     assert scalars["loss_cycle_label"] == 0
     assert scalars["loss_cycle_image"] == 0
@@ -292,6 +302,17 @@ def test_logits_have_the_size_of_the_image_and_stay_float32_under_autocast():
         logits = method.logits(torch.randn(2, 3, 33, 46))
     assert logits.shape == (2, C + 1, 33, 46)
     assert logits.dtype == torch.float32
+
+
+def test_images_are_segmented_at_the_size_of_the_training():
+    method = tiny(inference_size=16).eval()
+    x = torch.randn(1, 3, 40, 24)
+    with torch.no_grad():
+        small = method.image_to_label(F.interpolate(x, (16, 16), mode="bilinear", antialias=True))
+        expected = F.interpolate(small, (40, 24), mode="bilinear")
+        torch.testing.assert_close(method.logits(x), expected)
+        square = torch.randn(1, 3, 16, 16)
+        torch.testing.assert_close(method.logits(square), method.image_to_label(square))
 
 
 def test_images_of_labels_lie_in_the_range_of_normalised_images():
@@ -371,6 +392,29 @@ def test_killed_training_resumes_with_its_pools_to_the_same_bits(tmp_path, monke
         assert all(torch.equal(a, b) for a, b in zip(kept, entries(tmp_path / "killed")[pool], strict=True)), pool
 
 
+def test_segment_pass_trains_it_on_unlabelled_images_too_and_predicts_with_it(tmp_path):
+    pytest.importorskip("lightning")
+    from fastcam.data import write_procedural
+    from fastcam.io import read_label_png
+    from fastcam.pipelines._data import Data
+    from fastcam.pipelines._settings import TrainerConfig
+    from fastcam.pipelines.segment import segment
+
+    root, out = tmp_path / "voc", tmp_path / "net"
+    write_procedural(root, train=4, val=2, size=32)
+    data, others = (Data(root=str(root), split=split, tags="image_labels.csv") for split in ("train", "val"))
+    method = {"name": "cyclegan", **TINY}
+    size = {"crop": 32, "resize_long": (32, 32), "square": True, "flip": False}
+    trainer = TrainerConfig(epochs=2, batch_size=2, workers=0, accelerator="cpu", **size)
+    labels = root / "SegmentationClass"
+    weights = segment(data, out, labels=labels, unlabelled=others, method=method, trainer=trainer)
+    segment(others, tmp_path / "masks", predict=weights, device="cpu", workers=0)
+    masks = [read_label_png(path) for path in sorted((tmp_path / "masks").glob("*.png"))]
+    assert [mask.shape for mask in masks] == [(32, 32)] * 2
+    with pytest.raises(FastcamError, match="method cyclegan does not learn from unlabelled images; leave them out"):
+        segment(data, tmp_path / "b", labels=labels, unlabelled=others, method={**method, **ALONE}, trainer=trainer)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -380,6 +424,7 @@ def test_killed_training_resumes_with_its_pools_to_the_same_bits(tmp_path, monke
         ({"width": 0}, "cyclegan: width is 0, expected at least 1"),
         ({"blocks": -1}, "cyclegan: blocks is -1, expected at least 0"),
         ({"pool_size": -1}, "cyclegan: pool_size is -1, expected at least 0"),
+        ({"inference_size": 0}, "cyclegan: inference_size is 0, expected at least 1, or null"),
         ({"cycle_label": -0.1}, "cyclegan: cycle_label is -0.1, expected at least 0"),
         ({"pair": float("nan")}, "cyclegan: pair is nan, expected at least 0"),
         ({"dropout": 1.0}, "cyclegan: dropout is 1.0, expected at least 0 and below 1"),
