@@ -88,12 +88,8 @@ class TestHelp:
 
 
 def kind_of(config: str) -> str:
-    """The kind of a shipped configuration's method."""
-    kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
-    kinds["sba"] = "retrieval"
-    kinds |= {"amdim": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
-    kinds["cotraining"] = "segmenter"
-    return kinds.get(config.split("_")[0], "cam")
+    """The kind of a shipped configuration's method, whose name it begins with."""
+    return method_class(max((name for name in list_methods() if config.startswith(name)), key=len)).kind
 
 
 class TestSettings:
