@@ -243,37 +243,40 @@ class CycleGAN(nn.Module):
         else:
             known = mask != IGNORE
         even = image.new_ones(self.num_classes + 1)  # all labels weigh the same
-        terms = {"label": cross_entropy(self.image_to_label(image).float(), mask, even)}
         if not self.learns_from_unlabelled:
-            yield 0, _total(terms)
+            yield 0, _total({"label": cross_entropy(self.image_to_label(image).float(), mask, even)})
             return
         if "unlabelled" not in batch:
             raise FastcamError("cyclegan: a batch has no unlabelled images; give some, or set all factors to 0")
         others, labels = batch["unlabelled"], one_hot(mask, self.num_classes + 1)
-        fake_image, fake_labels = self.images(labels), self.image_to_label(others).float().softmax(dim=1)
+        logits, logits_of_others = _on_both(self.image_to_label, image, others)
+        terms = {"label": cross_entropy(logits, mask, even)}
+        fake_labels = logits_of_others.softmax(dim=1)
         seen = discriminator_input(fake_labels, config.label_input)
+        if config.cycle_image:
+            fake_image, reconstructed = _on_both(self.label_to_image, labels, fake_labels)
+            terms["cycle_image"] = image_cycle_loss(reconstructed, others)
+        else:
+            fake_image = self.images(labels)
         if config.pair:
             terms["pair"] = pair_loss(fake_image, image, config.pair_loss, known)
+        if config.cycle_label:
+            terms["cycle_label"] = cross_entropy(self.image_to_label(fake_image).float(), mask, even)
         with frozen(self.image_discriminator, self.label_discriminator):
             if config.adversarial_image:
                 terms["adversarial_image"] = lsgan_generator_loss(self.image_discriminator(fake_image).float())
             if config.adversarial_label:
                 terms["adversarial_label"] = lsgan_generator_loss(self.label_discriminator(seen).float())
-        if config.cycle_image:
-            terms["cycle_image"] = image_cycle_loss(self.images(fake_labels), others)
-        if config.cycle_label:
-            terms["cycle_label"] = cross_entropy(self.image_to_label(fake_image).float(), mask, even)
         yield 0, _total(terms, {name: getattr(config, name) for name in FACTORS})
 
         terms = {}
         if config.adversarial_image:
-            real = self.image_discriminator(others)
-            fake = self.image_discriminator(self.image_pool(fake_image))
-            terms["image_discriminator"] = lsgan_discriminator_loss(real.float(), fake.float())
+            scores = _on_both(self.image_discriminator, others, self.image_pool(fake_image))
+            terms["image_discriminator"] = lsgan_discriminator_loss(*scores)
         if config.adversarial_label:
-            real = self.label_discriminator(discriminator_input(labels, config.label_input))
-            fake = self.label_discriminator(self.label_pool(seen))
-            terms["label_discriminator"] = lsgan_discriminator_loss(real.float(), fake.float())
+            real = discriminator_input(labels, config.label_input)
+            scores = _on_both(self.label_discriminator, real, self.label_pool(seen))
+            terms["label_discriminator"] = lsgan_discriminator_loss(*scores)
         if terms:
             yield 1, _total(terms)
 
@@ -295,6 +298,12 @@ class CycleGAN(nn.Module):
     def export_state_dict(self) -> dict[str, Tensor]:
         """The generators: discriminators and pools belong to the training."""
         return {k: v for k, v in self.state_dict().items() if k.startswith(("image_to_label.", "label_to_image."))}
+
+
+def _on_both(network: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A network on two batches at once, in float32; no image knows of the others, as instance norm is all it has."""
+    first, second = network(torch.cat([a, b])).float().split([len(a), len(b)])
+    return first, second
 
 
 def _total(terms: dict[str, Tensor], factors: Mapping[str, float] = {}) -> dict[str, Tensor]:
