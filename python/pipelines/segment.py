@@ -282,10 +282,10 @@ def segment(
         data: the images.
         out: output folder.
         labels: folder of .png labels to train on; 255 is ignored.
-        method: name (deeplab, ocr or cotraining), and where wanted backbone, weights and any field of the method's
-            configuration.
+        method: name (deeplab, ocr, cotraining or cyclegan), and where wanted backbone, weights and any field of the
+            method's configuration.
         trainer: epochs, batches, precision, devices of a training.
-        unlabelled: images without labels, for methods that learn from such (cotraining).
+        unlabelled: images without labels, for methods that learn from such (cotraining, cyclegan).
         predict: weights.safetensors of a trained network; predicts instead of training.
         scales: factors of the image's size whose results are averaged, for predict.
         flip: average over mirror images too, for predict.
