@@ -18,7 +18,7 @@ from pipelines.tiny import METHOD, TRAINER, files
 
 import fastcam
 from fastcam.io import load_weights, save_weights
-from fastcam.methods import create_method
+from fastcam.methods import create_method, list_methods, method_class
 from fastcam.pipelines import _fit
 from fastcam.pipelines import make_cam as make_cam_module
 from fastcam.pipelines._data import Data
