@@ -210,7 +210,9 @@ def _load_decoder(decoder: ContextDecoder, name: str, path: Path) -> None:
     state = {k.removeprefix(OURS_DECODER): v for k, v in load_weights(path)[0].items() if k.startswith(OURS_DECODER)}
     expected = {k: v.shape for k, v in decoder.state_dict().items()}
     if state and expected != {k: v.shape for k, v in state.items()}:
-        raise FastcamError(f"weights '{path}': hold another decoder than '{name}'; name the backbone they were trained with")
+        raise FastcamError(
+            f"weights '{path}': hold another decoder than '{name}'; name the backbone they were trained with"
+        )
     decoder.load_state_dict(state or decoder.state_dict())
 
 

@@ -85,7 +85,7 @@ class ContextDecoder(nn.Module):
     comes from the stage above it, bilinearly enlarged, and attends to all tokens of the coarsest stage: context comes
     both step by step and at once. The finest output is layer-normalised.
 
-    Cost: N_i (10 D^2 + (C_i + 2 N) D) multiply-adds at a stage of N_i tokens and C_i channels, N of them in the coarsest.
+    Cost: N_i (10 D^2 + (C_i + 2 N) D) multiply-adds at a stage of N_i tokens and C_i channels; N in the coarsest.
 
     Args:
         channels: of the encoder's stages, finest first.
