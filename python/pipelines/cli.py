@@ -22,7 +22,7 @@ from fastcam.errors import FastcamError
 
 COMMANDS = {  # command: (module and function of the pass, what it does)
     "demo": ("demo", "all of it on a small procedural data set, without downloads; ends in an HTML report"),
-    "train": ("train", "train a method on image-level tags"),
+    "train": ("train", "train a method on image-level tags, or pre-train one on images alone"),
     "make-cam": ("make_cam", "multi-scale class activation maps of every image"),
     "refine": ("refine", "sharpen CAMs: by a CRF, IRN, PSA, PAR or PAMR"),
     "mcof": ("mcof", "mine objects by regions and pixels in turn, from CAMs to a segmentation network"),
@@ -32,6 +32,7 @@ COMMANDS = {  # command: (module and function of the pass, what it does)
     "few-shot": ("few_shot", "test a few-shot method on fixed episodes of novel classes"),
     "evaluate": ("evaluate", "score labels or CAMs against masks"),
     "retrieve": ("retrieve", "find images like an image: descriptors, whitening, rankings, and their scores"),
+    "probe": ("probe", "score the features of a frozen network by a linear classifier"),
     "convert": ("convert", "label PNGs, COCO's JSON, CAM stores and IRN's .npy files into each other"),
     "report": ("report", "one HTML file about a run: overlays, scores, times"),
     "bench": ("", "measure the kernels against what people use instead"),
