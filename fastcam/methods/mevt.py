@@ -424,7 +424,8 @@ def masked_loss(student: Tensor, teacher: Tensor, masks: Tensor, temperature: fl
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """``teacher <- momentum * teacher + (1 - momentum) * student`` for every parameter; buffers are copied."""
-    own, other = list(teacher.parameters()), list(student.parameters())
+    own: list[Tensor] = list(teacher.parameters())
+    other: list[Tensor] = list(student.parameters())
     torch._foreach_mul_(own, momentum)
     torch._foreach_add_(own, other, alpha=1 - momentum)
     for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
@@ -549,7 +550,7 @@ class Heads(nn.Module):
         self.region = DINOHead(last, config.region_clusters, *widths) if config.region_clusters else None
         self.pixel = PrototypeHead(pixels, config.prototypes, *widths) if config.dense_weight else None
 
-    def clusters(self) -> list[nn.Parameter]:
+    def clusters(self) -> list[Tensor]:
         """The last layers of the DINO heads."""
         return [head.last.weight for head in (self.view, self.region) if head is not None]
 
@@ -900,6 +901,9 @@ def _check(c: Config) -> None:
     for name in (*counts, "dense_weight", "mask_weight", "color_strength"):
         if getattr(c, name) < 0:
             raise FastcamError(f"mevt: {name} is {getattr(c, name)}, expected 0 or more")
+    for name in ("mask_ratio", "mask_chance", "centre_momentum", "teacher_momentum", "drop_path"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise FastcamError(f"mevt: {name} is {getattr(c, name)}, expected 0 to 1")
     if not (c.view_clusters or c.region_clusters or c.dense_weight):
         raise FastcamError("mevt: view_clusters, region_clusters and dense_weight are all 0; there is nothing to learn")
     if c.mask_weight and not c.region_clusters:

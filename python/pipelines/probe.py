@@ -231,7 +231,7 @@ def frozen_network(
 
     if weights is None and not (random and backbone is not None):
         raise FastcamError("weights are missing; give them, or backbone and --random true for a network without any")
-    record = {"backbone": backbone, "random": seed if random else None}
+    record: dict[str, Any] = {"backbone": backbone, "random": seed if random else None}
     saved: dict[str, Any] = {}
     if backbone is None:
         assert weights is not None
@@ -260,7 +260,7 @@ def frozen_network(
 
 def open_splits(data: Data, test: str, target: Target) -> tuple[list[tuple[Images, str]], list[tuple[Images, str]]]:
     """The training and the test images, each as a data set and an id; see `probe`."""
-    need = {"masks": target == "pixels", "need_tags": target != "pixels"}
+    need: dict[str, Any] = {"masks": target == "pixels", "need_tags": target != "pixels"}
     if data.images is None:
         parts = [open_data(dataclasses.replace(data, split=split), **need) for split in (data.split, test)]
         train, held = ([(part, name) for name in part.ids] for part in parts)
@@ -448,7 +448,7 @@ def _interval(values: Tensor) -> tuple[float, float]:
 def _save_rows(path: Path, parts: Sequence[Rows]) -> None:
     arrays = {f"{name}_{i}": x.numpy() for i, rows in enumerate(parts) for name, x in rows._asdict().items()}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
 
 
 def _load_rows(path: Path) -> list[Rows]:

@@ -552,6 +552,7 @@ class TestWeights:
         ({"local_scale": (0.5,)}, "local_scale is"),
         ({"teacher_temp": (0.04, 0.0)}, "teacher_temp is"),
         ({"student_temp": 0.0}, "student_temp is 0.0, expected a positive number"),
+        ({"mask_ratio": 1.5}, "mask_ratio is 1.5, expected 0 to 1"),
         ({"num_locals": -1}, "num_locals is -1, expected 0 or more"),
         ({"view_clusters": 0, "region_clusters": 0, "dense_weight": 0.0}, "there is nothing to learn"),
         ({"mask_weight": 1.0, "region_clusters": 0}, "mask_weight needs the region head"),

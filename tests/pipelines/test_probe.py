@@ -1,5 +1,6 @@
 """The probe: its classifier against the optimum, its scores against torchmetrics, and the pass as a whole."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from fastcam.errors import FastcamError
 from fastcam.io import load_weights
+from fastcam.methods import load_method
 from fastcam.metrics import ConfusionMatrix, mean_iou, tag_average_precision
 from fastcam.pipelines._data import Data
 from fastcam.pipelines.probe import (
@@ -23,6 +25,7 @@ from fastcam.pipelines.probe import (
     scores_of,
     weighted_average_precision,
 )
+from fastcam.pipelines.segment import segment
 from fastcam.pipelines.train import train
 
 METHOD = {
@@ -43,8 +46,6 @@ FAST = {"size": 32, "l2": (0.01,), "bootstrap": 50, "workers": 0, "device": "cpu
 @pytest.fixture(scope="module")
 def pretrained(root, tmp_path_factory):
     """Weights of MEVT after one epoch on the images alone."""
-    import dataclasses
-
     out = tmp_path_factory.mktemp("mevt")
     return train(Data(images=f"{root}/JPEGImages"), METHOD, dataclasses.replace(TRAINER, epochs=1), out)
 
@@ -185,6 +186,25 @@ class TestPass:
         scores = [json.loads((tmp_path / k / "scores.json").read_text()) for k in "ab"]
         channels = load_weights(pretrained)[0]["backbone.decoder.lateral.3.weight"].shape[1]
         assert [s["features"] for s in scores] == [channels, channels]
+
+    def test_a_segmenter_starts_from_the_weights_and_is_built_without_them(self, root, data, pretrained, tmp_path):
+        method = {
+            "name": "deeplab",
+            "backbone": "test_convnext+context16",
+            "weights": str(pretrained),
+            "output_stride": 32,
+            "rates": [1],
+            "head_channels": 8,
+            "lr": 1e-9,  # so that what it started from is still there
+            "weight_decay": 0.0,
+        }
+        settings = dataclasses.replace(TRAINER, epochs=1)
+        trained = segment(data, tmp_path / "network", root / "SegmentationClass", method, settings)
+        ours, theirs = load_weights(pretrained)[0], load_method(trained).backbone.state_dict()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key.removeprefix("backbone.")], value, rtol=1e-4, atol=1e-6)
+        result = segment(data, tmp_path / "masks", predict=trained, device="cpu", flip=False)
+        assert result.images == 12
 
     def test_refusals(self, data, weights, pretrained, tmp_path):
         def refused(match, test="val", **changes):
