@@ -32,6 +32,7 @@ METRIC = {"tags": "mAP", "class": "accuracy", "pixels": "mIoU"}
 L2 = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEATURES, REPLICATES = "features.npz", "replicates.npy"
 IGNORED = 255
+BATCH = 16  # images a call of the network
 
 
 class Rows(NamedTuple):
@@ -315,24 +316,30 @@ def compute_rows(
             )
         return image, found["tags"] if target == "tags" else found["tags"].argmax()
 
-    def one(read_item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        image, y = read_item
-        outputs = features(image[None].to(device))
+    def compute(batch: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        outputs = features(torch.stack([image for image, _ in batch]).to(device))
         if bad := [i for i in stages if not -len(outputs) <= i < len(outputs)]:
             raise FastcamError(f"stages has {bad[0]}, but the network has {len(outputs)} outputs, counted from 0")
         chosen = stages or range(len(outputs))
         if target != "pixels":
-            return image_rows(outputs, chosen).cpu(), y[None]
-        maps = pixel_rows(outputs, chosen)[0].cpu()
-        y = F.interpolate(y[None, None].float(), maps.shape[1:], mode="nearest-exact").long().flatten()
-        known = (y != IGNORED) & (y <= num_classes)
-        return maps.flatten(1).T[known], y[known]
+            yield image_rows(outputs, chosen).cpu(), torch.stack([y for _, y in batch])
+            return
+        for maps, (_, mask) in zip(pixel_rows(outputs, chosen).cpu(), batch, strict=True):
+            y = F.interpolate(mask[None, None].float(), maps.shape[1:], mode="nearest-exact").long().flatten()
+            known = (y != IGNORED) & (y <= num_classes)
+            yield maps.flatten(1).T[known], y[known]
 
-    def all_rows() -> Iterator[tuple[Tensor, Tensor]]:
-        read_items = ordered_map(read, items, workers)
-        return map(one, tqdm(read_items, desc="probe", unit="image", total=len(items), disable=None))
-
-    xs, ys = zip(*all_rows(), strict=True)
+    xs, ys, batch = [], [], []
+    bar = {"desc": "probe", "unit": "image", "total": len(items), "disable": None}
+    for number, item in enumerate(tqdm(ordered_map(read, items, workers), **bar), 1):
+        batch.append(item)
+        if len(batch) == BATCH or number == len(items):
+            for x, y in compute(batch):
+                xs.append(x)
+                ys.append(y)
+            batch = []
+    if target != "pixels":
+        return Rows(torch.cat(xs), torch.cat(ys), torch.arange(len(items)))
     counts = torch.tensor([len(x) for x in xs])
     counts = counts[counts > 0]  # an image of nothing but ignored pixels teaches and tests nothing
     if not len(counts):
