@@ -142,9 +142,10 @@ def create_backbone(
         near = ", ".join(_nearest(name, [*NETWORKS, *timm.list_models()]))
         raise FastcamError(f"backbone '{name}': timm has no such network" + (f"; near it: {near}" if near else ""))
     rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    net: Any = NETWORKS[name]() if name in NETWORKS else timm.create_model(name, num_classes=0, **rate)
+    net: Any = (
+        NETWORKS[name]() if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0, **rate)
+    )
     net.eval()
-    net: Any = timm.create_model(name, pretrained=False, num_classes=0, **rate).eval()
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < STAGES:
         raise FastcamError(
             f"backbone '{name}': expected a network with {STAGES} or more stages; choose a CNN such as 'resnet50'"
