@@ -91,7 +91,7 @@ def kind_of(config: str) -> str:
     """The kind of a shipped configuration's method."""
     kinds = {"deeplab": "segmenter", "irn": "refiner", "mcof": "regions", "ocr": "segmenter", "psa": "refiner"}
     kinds["sba"] = "retrieval"
-    kinds |= {"amdim": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
+    kinds |= {"amdim": "pretraining", "mevt": "pretraining", "dsmf": "few-shot", "ssl": "few-shot"}
     return kinds.get(config.split("_")[0], "cam")
 
 
