@@ -6,6 +6,7 @@ from fastcam.data.classes import COCO_CLASSES, VOC_CLASSES, load_class_list
 from fastcam.data.folder import FolderDataset
 from fastcam.data.groups import GroupSampler
 from fastcam.data.labelled import LabelledDataset, open_archive, open_list
+from fastcam.data.multi_crop import draw_crops, multi_crop_transform
 from fastcam.data.procedural import PROCEDURAL_CLASSES, write_procedural
 from fastcam.data.retrieval import (
     Label,
@@ -56,12 +57,14 @@ __all__ = [
     "class_members",
     "crop_box",
     "denormalize",
+    "draw_crops",
     "draw_episode",
     "eval_transform",
     "fixed_episodes",
     "label_queries",
     "load_class_list",
     "load_tags",
+    "multi_crop_transform",
     "multi_scale",
     "open_archive",
     "open_list",

@@ -26,6 +26,7 @@ METHODS = {
     "group_wsss": ("fastcam.methods.group_wsss", "GroupWSSS"),
     "irn": ("fastcam.methods.irn", "IRN"),
     "mcof": ("fastcam.methods.mcof", "MCOF"),
+    "mevt": ("fastcam.methods.mevt", "MEVT"),
     "ocr": ("fastcam.methods.ocr", "OCR"),
     "prm": ("fastcam.methods.prm", "PRM"),
     "psa": ("fastcam.methods.psa", "PSA"),

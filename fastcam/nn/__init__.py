@@ -3,6 +3,7 @@
 from fastcam.nn.backbone import Backbone, create_backbone
 from fastcam.nn.bank import ImageBank
 from fastcam.nn.cam import Cam, CamFusion, FusedCams, FusionPolicy, background_channel, max_normalize, multi_scale_max
+from fastcam.nn.context import ContextDecoder
 from fastcam.nn.correlation import pixel_correlation
 from fastcam.nn.dense_crf import CRF_PRESETS, DenseCRF
 from fastcam.nn.enet import ENet
@@ -21,6 +22,7 @@ __all__ = [
     "Backbone",
     "Cam",
     "CamFusion",
+    "ContextDecoder",
     "DenseCRF",
     "ENet",
     "FusedCams",

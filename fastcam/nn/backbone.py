@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcam.errors import FastcamError
+from fastcam.nn.context import ContextDecoder
 from fastcam.nn.networks import NETWORKS
 
 PROBE = 64  # side of the image that measures strides; the last stage of a stride-32 network still has 2 x 2 pixels
 STAGES = 4
 OURS = "backbone.net."  # where a method of ours keeps its backbone
+OURS_DECODER = "backbone.decoder."
+DECODER = re.compile(r"(.+)\+(context|topdown)(\d+)")  # of the backbone's name
 CLASSIFIER_PREFIXES = ("classifier.", "fc.", "head.", "pre_logits.")
 
 
 class Backbone(nn.Module):
     """A timm network that returns the outputs of its last four stages, behind that of its stem where it is asked for.
+
+    With a decoder, its outputs take the place of the four.
 
     Batch norm uses its running statistics, whatever mode the module is in; its weight and bias stay trainable except in
     frozen stages. CAM methods fine-tune on small batches of crops, where batch statistics would be noise. A network
@@ -34,6 +39,7 @@ class Backbone(nn.Module):
             (MobileNetV2, EfficientNet) have behind their last stage.
         normalize: mean and standard deviation of the RGB input the network was trained with.
         frozen_norm: whether batch norm keeps its running statistics.
+        decoder: takes the list of the four stages' outputs and returns one of four, finest first.
 
     Attributes:
         channels: number of channels of each output.
@@ -47,9 +53,11 @@ class Backbone(nn.Module):
         head: bool,
         normalize: tuple[tuple[float, ...], ...],
         frozen_norm: bool = True,
+        decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.decoder = decoder
         self.indices = indices
         self.head = head
         self.normalize = normalize
@@ -62,7 +70,12 @@ class Backbone(nn.Module):
         self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Stage outputs ``(B, channels[i], ~H / strides[i], ~W / strides[i])`` of images ``(B, 3, H, W)``."""
+        """Outputs ``(B, channels[i], ~H / strides[i], ~W / strides[i])`` of images ``(B, 3, H, W)``."""
+        stages = self.stages(images)
+        return stages if self.decoder is None else [*stages[:-STAGES], *self.decoder(stages[-STAGES:])]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The network's own stage outputs, in front of the decoder."""
         if not self.head:
             return self.net.forward_intermediates(images, indices=self.indices, intermediates_only=True)
         last, stages = self.net.forward_intermediates(images, indices=self.indices)
@@ -88,27 +101,34 @@ def create_backbone(
     head: bool = False,
     stem: bool = False,
     cut_stages: int = 0,
+    drop_path: float = 0.0,
 ) -> Backbone:
-    """A feature extractor from any timm CNN with at least four stages, or one of ``fastcam.nn.networks``. Nothing is
-    downloaded.
+    """A feature extractor from any timm network with at least four stages, or one of ``fastcam.nn.networks``. Nothing
+    is downloaded.
 
     Where a layer would make the stride larger than ``output_stride`` its stride becomes 1, and the layers behind it are
     dilated to keep their field of view (DeepLab). SFC and IRN leave them undilated: ``dilate=False``.
-    HRNet gives its four branches, from stride 4 to 32, and wants images whose sides are multiples of 32.
+    HRNet gives its four branches, from stride 4 to 32, and wants images whose sides are multiples of 32. PVTv2 keeps
+    its stride of 32: its attention has strides of its own.
 
     Args:
         name: timm name, e.g. ``"resnet50"``, ``"mobilenetv2_100"``; or ``"squeezenet1_1"``, ``"resnet50_v2_c4"``.
+            ``"pvt_v2_b2+context256"`` puts :class:`fastcam.nn.ContextDecoder` of width 256 on the four stages,
+            ``"pvt_v2_b2+topdown256"`` one without attention to the coarsest stage; MEVT trains both parts, and its
+            weights start both.
         output_stride: largest stride of the outputs: 8, 16 or 32.
         dilate: whether layers behind a removed stride are dilated.
         weights: local ``.safetensors`` or ``.pth`` state dict in timm's or torchvision's names, or weights of a trained
-            method, whose backbone is taken; ``None`` for random weights.
-        frozen_stages: parameters that the first ``frozen_stages`` outputs depend on (the stem included) get no
+            method, whose backbone is taken; ``None`` for random weights. A decoder that the file does not hold starts
+            from random weights.
+        frozen_stages: parameters that the first ``frozen_stages`` stages depend on (the stem included) get no
             gradient.
         frozen_norm: batch norm keeps its running statistics. With random weights there are none to keep: use ``False``.
         head: end in the network's final feature map, e.g. MobileNetV2's 1280 channels, instead of its last stage.
         stem: begin with the output before the last four stages, where timm lists one: five outputs instead of four.
         cut_stages: the last stages of the network that are left out, with their weights: 1 ends a ResNet in layer3
             ("C4") and a VGG in front of its last pooling. Four outputs remain, those of the stages before.
+        drop_path: largest rate of stochastic depth, for networks that have it.
 
     Raises:
         FastcamError: unknown network, fewer than four stages, a stride the network cannot be brought to, weights that
@@ -116,10 +136,15 @@ def create_backbone(
     """
     import timm
 
+    full_name, decoder = name, DECODER.fullmatch(name)
+    name = decoder[1] if decoder else name
     if name not in NETWORKS and not timm.is_model(name):
         near = ", ".join(_nearest(name, [*NETWORKS, *timm.list_models()]))
         raise FastcamError(f"backbone '{name}': timm has no such network" + (f"; near it: {near}" if near else ""))
-    net: Any = NETWORKS[name]() if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
+    rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    net: Any = (
+        NETWORKS[name]() if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0, **rate)
+    )
     net.eval()
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < STAGES:
         raise FastcamError(
@@ -134,16 +159,23 @@ def create_backbone(
         raise FastcamError(f"backbone '{name}': cut_stages is {cut_stages}, expected 0 to {most}")
     before = min(count - STAGES, int(stem))
     indices = list(range(count - STAGES - before, count))
+    if output_stride < 32 and any(key.endswith(".attn.sr") for key, _ in net.named_modules()):
+        raise FastcamError(
+            f"backbone '{name}': its attention has strides that change with the network's; use output_stride 32"
+        )
     last, stages = _limit_stride(net, indices, output_stride, dilate)
     head = head and not cut_stages and last.shape[1] != stages[-1].shape[1]
     net.prune_intermediate_layers(indices, prune_norm=not head, prune_head=not head)
     if getattr(net, "incre_modules", None) is not None and not head:
         net.incre_modules = None  # HRNet's branches as they are; these widen them for its classifier
+    on_top = None if decoder is None else _decoder(full_name, decoder, [x.shape[1] for x in stages], drop_path)
     if weights is not None:
         _load(net, name, Path(weights), unused=full - set(net.state_dict()))
+        if on_top is not None:
+            _load_decoder(on_top, full_name, Path(weights))
     try:
         normalize = (tuple(net.default_cfg["mean"]), tuple(net.default_cfg["std"]))
-        backbone = Backbone(net, indices, head, normalize, frozen_norm)
+        backbone = Backbone(net, indices, head, normalize, frozen_norm, on_top)
     except RuntimeError:  # networks that join branches of several strides
         backbone = None
     if backbone is None or max(backbone.strides) > output_stride:
@@ -163,6 +195,27 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     import difflib
 
     return difflib.get_close_matches(name, names, n=3)
+
+
+def _decoder(name: str, match: re.Match[str], channels: list[int], drop_path: float) -> ContextDecoder:
+    """The decoder that a backbone's name asks for, on the last four stages."""
+    try:
+        return ContextDecoder(channels[-STAGES:], int(match[3]), cross=match[2] == "context", drop_path=drop_path)
+    except ValueError as error:
+        raise FastcamError(f"backbone '{name}': {error}") from None
+
+
+def _load_decoder(decoder: ContextDecoder, name: str, path: Path) -> None:
+    """The decoder of a trained method, where its weights hold one."""
+    from fastcam.io import load_weights
+
+    state = {k.removeprefix(OURS_DECODER): v for k, v in load_weights(path)[0].items() if k.startswith(OURS_DECODER)}
+    expected = {k: v.shape for k, v in decoder.state_dict().items()}
+    if state and expected != {k: v.shape for k, v in state.items()}:
+        raise FastcamError(
+            f"weights '{path}': hold another decoder than '{name}'; name the backbone they were trained with"
+        )
+    decoder.load_state_dict(state or decoder.state_dict())
 
 
 def _limit_stride(net: Any, indices: list[int], output_stride: int, dilate: bool) -> tuple[Tensor, list[Tensor]]:
@@ -201,7 +254,7 @@ def _freeze(backbone: Backbone, stages: int) -> None:
         return
     parameters = list(backbone.parameters())
     with torch.enable_grad():
-        output = backbone(torch.zeros(1, 3, PROBE, PROBE))[stages - 1].sum()
+        output = backbone.stages(torch.zeros(1, 3, PROBE, PROBE))[stages - 1].sum()
     for p, g in zip(parameters, torch.autograd.grad(output, parameters, allow_unused=True), strict=True):
         if g is not None:
             p.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -85,3 +86,20 @@ def step_decay(
     """
     at = [round(share * total_steps) for share in drops]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor ** sum(step >= drop for drop in at))
+
+
+def cosine_schedule(step: int, total: int, base: float, final: float, *, warmup: int = 0, start: float = 0.0) -> float:
+    """DINO's schedule at one step: a line from ``start`` to ``base``, then a cosine that has almost reached ``final``.
+
+    Args:
+        step: from 0; beyond the end it stays at ``final``.
+        total: number of steps.
+        base: value at the end of the line, where the cosine begins.
+        final: value that the cosine would reach at step ``total``.
+        warmup: steps of the line, which ends at ``base`` with the last of them.
+        start: value at step 0 where there is a line.
+    """
+    if step < warmup:
+        return start + (base - start) * step / max(1, warmup - 1)
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * share))

@@ -23,7 +23,7 @@ from fastcam.errors import FastcamError
 COMMANDS = {  # command: (module and function of the pass, what it does)
     "acdc": ("acdc", "slices of ACDC's heart scans in VOC's layout, with lists of labelled patients"),
     "demo": ("demo", "all of it on a small procedural data set, without downloads; ends in an HTML report"),
-    "train": ("train", "train a method on image-level tags"),
+    "train": ("train", "train a method on image-level tags, or pre-train one on images alone"),
     "make-cam": ("make_cam", "multi-scale class activation maps of every image"),
     "refine": ("refine", "sharpen CAMs: by a CRF, regions, IRN, PSA, PAR or PAMR"),
     "mcof": ("mcof", "mine objects by regions and pixels in turn, from CAMs to a segmentation network"),
@@ -34,6 +34,7 @@ COMMANDS = {  # command: (module and function of the pass, what it does)
     "regions": ("regions", "regions without training: superpixels that grow together, as a tree to cut anywhere"),
     "evaluate": ("evaluate", "score labels or CAMs against masks"),
     "retrieve": ("retrieve", "find images like an image: descriptors, whitening, rankings, and their scores"),
+    "probe": ("probe", "score the features of a frozen network by a linear classifier"),
     "convert": ("convert", "label PNGs, COCO's JSON, CAM stores and IRN's .npy files into each other"),
     "report": ("report", "one HTML file about a run: overlays, scores, times"),
     "bench": ("", "measure the kernels against what people use instead"),

@@ -37,6 +37,19 @@ CTI = {
     "cam_blocks": 2,
     "memory_size": 1,
 }
+MEVT = {
+    "name": "mevt",
+    "backbone": "test_convnext+context16",
+    "view_clusters": 4,
+    "region_clusters": 4,
+    "prototypes": 4,
+    "head_hidden": 8,
+    "bottleneck": 4,
+    "num_locals": 1,
+    "local_size": 32,
+    "warmup_epochs": 0,
+    "epochs": 2,
+}
 
 
 def joined(lists):
@@ -71,7 +84,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("method", [METHOD, SFC, CTI], ids=["cam", "sfc", "cti"])
+@pytest.mark.parametrize("method", [METHOD, SFC, CTI, MEVT], ids=["cam", "sfc", "cti", "mevt"])
 def test_killed_in_mid_epoch_and_run_again_ends_in_the_same_bits(method, data, tmp_path, monkeypatch):
     config = dataclasses.replace(TRAINER, checkpoint_every=2)  # 3 steps an epoch: step 4 is the middle of the second
     whole = train(data, method, config, tmp_path / "whole")
