@@ -21,9 +21,9 @@
 
 namespace fastcam {
 
-// How many of `threads` are worth waking, which takes as long as some ten thousand values.
+// How many of `threads` are worth waking, which takes as long as some thousand values.
 inline int threads_for(int64_t values, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + values / 50000));
+  return static_cast<int>(std::min<int64_t>(threads, 1 + values / 20000));
 }
 
 constexpr int64_t VECTORS = 4;  // vectors of an output row that are in registers at once
