@@ -229,6 +229,7 @@ class TestObjective:
 
 
 def run_process(rank, folder):
+    torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     own = slice(2 * rank, 2 * rank + 2)
     maps = [
