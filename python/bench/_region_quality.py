@@ -70,7 +70,7 @@ def merge_hierarchical(image: np.ndarray) -> list[Tensor]:
             graph.merge_hierarchical(labels, own, scale, rag_copy=False, in_place_merge=True, **functions)
         )
 
-    return [merged(scale) for scale in (15, 25, 35, 45, 60, 80)]
+    return [merged(scale) for scale in (15, 25, 35, 45, 60, 80, 110, 150)]
 
 
 def cut_threshold(image: np.ndarray) -> list[Tensor]:
@@ -79,7 +79,7 @@ def cut_threshold(image: np.ndarray) -> list[Tensor]:
 
     labels = superpixels(image)[0].numpy()
     rag = graph.rag_mean_color(image, labels)
-    scales = (8, 12, 17, 23, 30, 40)
+    scales = (8, 12, 17, 23, 30, 40, 55, 75)
     return [torch.from_numpy(graph.cut_threshold(labels, rag, scale, in_place=False)) for scale in scales]
 
 
@@ -87,7 +87,7 @@ def felzenszwalb(image: np.ndarray) -> list[Tensor]:
     """scikit-image: Felzenszwalb and Huttenlocher's graph of pixels, at scales that double."""
     from skimage.segmentation import felzenszwalb as segment
 
-    scales = (50, 100, 200, 400, 800, 1600)
+    scales = (50, 100, 200, 400, 800, 1600, 3200, 6400)
     return [torch.from_numpy(segment(image, scale=scale, sigma=0.8, min_size=50)) for scale in scales]
 
 
