@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcam.errors import FastcamError
+from fastcam.io._npz import read_npz
 from fastcam.io.atomic import atomic_write
 
 
@@ -136,8 +137,7 @@ def load_cams(source: str | os.PathLike[str] | bytes) -> CamSet:
     """
     path = "of bytes" if isinstance(source, bytes) else Path(source)
     try:
-        with np.load(io.BytesIO(source) if isinstance(source, bytes) else path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = read_npz(io.BytesIO(source) if isinstance(source, bytes) else path)
         background = arrays.get("background")
         return CamSet(
             keys=torch.from_numpy(arrays["keys"]),

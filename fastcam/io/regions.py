@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastcam.errors import FastcamError
+from fastcam.io._npz import read_npz
 from fastcam.io.atomic import atomic_write
 from fastcam.ops.region_merge import MergeTree
 
@@ -83,8 +84,7 @@ def load_tree(path: str | os.PathLike[str]) -> MergeTree:
         FastcamError: the file is missing, damaged, or holds no tree.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            stored = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
+        stored = {name: torch.from_numpy(array) for name, array in read_npz(Path(path)).items()}
         labels, merges, values = stored["labels"], stored["merges"].long(), stored["values"].double()
         thresholds, rounds = stored["thresholds"].double(), stored["rounds"].long()
         S, M = int(labels.max()) + 1, len(merges)
