@@ -96,8 +96,6 @@ def few_shot(
         )
     if kind != "few-shot":
         raise FastcamError(f"weights {weights} are of a {kind}, expected a few-shot method; give other weights")
-    if not getattr(cls, "learns_from_masks", False):
-        raise FastcamError(f"method {saved['method']} does not learn from masks; its episodes are of another pass")
     for name, given in (("ways", ways), ("queries", queries)):
         if given not in (None, 1):
             raise FastcamError(
