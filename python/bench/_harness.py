@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{k}: {v}" for k, v in machine.items()))
     report: dict[str, Any] = {
         "machine": machine,
-        "command": " ".join(["python -m fastcam.bench", *(Path(word).name for word in argv or sys.argv[1:])]),
+        "command": " ".join(["python -m fastcam.bench", *(argv or sys.argv[1:])]),
     }
     report["cases"] = []
     for op in args.ops or ops:
