@@ -312,19 +312,16 @@ FASTCAM_INLINE void for_blocks(const Plan<T>& plan, int64_t y0, int64_t y1, Work
 template <int REDUCE, typename T, typename F>
 FASTCAM_INLINE void for_rows(const Plan<T>& plan, int64_t y0, int64_t y1, Workspace<T>& work, F f) {
   using V = typename Vector<T>::type;
-  for (int64_t y = y0, stop; y < y1; y = stop) {
-    stop = std::min(plan.interval[y].stop, y1);
-    find_rows(plan, y0, y1, y, work);
-    for (int64_t x = 0; x < plan.padded; x += block<T>) {
-      V base[VECTORS], slope[VECTORS];
-      fuse_block<REDUCE>(plan, work.between.data(), x, base, slope);
-      for (int64_t k = 0; k < VECTORS; ++k) {
-        reinterpret_cast<V*>(work.base + x)[k] = base[k];
-        reinterpret_cast<V*>(work.slope + x)[k] = slope[k];
-      }
-    }
-    for (int64_t i = y; i < stop; ++i) f(i - plan.interval[y].start, i);
-  }
+  for_blocks<REDUCE>(plan, y0, y1, work,
+                     [&](int64_t start, int64_t y, int64_t stop, int64_t x, const V* base, const V* slope)
+                         __attribute__((always_inline)) {
+                           for (int64_t k = 0; k < VECTORS; ++k) {
+                             reinterpret_cast<V*>(work.base + x)[k] = base[k];
+                             reinterpret_cast<V*>(work.slope + x)[k] = slope[k];
+                           }
+                           if (x + block<T> < plan.W) return;  // the interval has further blocks
+                           for (; y < stop; ++y) f(y - start, y);
+                         });
 }
 
 // Fused values of a vector in the k-th row of its interval.
