@@ -284,7 +284,7 @@ class InTurn(TwoOptimisers):
 
     def training_phases(self, batch):
         x = batch["x"].mean()
-        yield 0, {"loss": self.a * x}
+        yield 0, {"loss": (self.a + self.b) * x}  # the gradient of b must not reach its optimiser
         yield 1, {"loss": 10 * self.a.detach() * self.b * x, "seen": self.a.detach().clone()}
 
 
@@ -295,7 +295,7 @@ def test_optimisers_in_turn_see_the_steps_before_theirs(tmp_path):
     assert method.b.item() == pytest.approx(1 - 0.01 * 9 - 0.005 * 8)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
-    assert float(first["loss"]) == pytest.approx(1 + 10 * 0.9)
+    assert float(first["loss"]) == pytest.approx(2 + 10 * 0.9)
     assert float(second["seen"]) == pytest.approx(0.8)
 
 
